@@ -1,0 +1,142 @@
+"""The budget over time: which step of how many a training is at."""
+
+import keras
+import tensorflow as tf
+
+from keras_lesam import _rule
+
+
+class Budget:
+    """The loss budget `sigma` of each step, with its warm-up and annealing.
+
+    Steps are counted by `optimizer.iterations`, as learning-rate schedules
+    count them. All that changes between steps or fits is in variables: none
+    of it retraces the training step. None of it needs saving either: `fit`
+    says anew at each epoch where in the training it is.
+
+    Args:
+        sigma: Float, or a `keras.optimizers.schedules.LearningRateSchedule`
+            from the step to the budget.
+        warmup: Share of the training over which the budget rises from 0.
+        anneal: Share of the training over which it falls to 0.
+        total_steps: Steps of the whole training, or `None`: `begin_epoch`
+            says it.
+        dtype: Float dtype of the budget.
+    """
+
+    def __init__(self, sigma, warmup, anneal, total_steps, dtype):
+        self.warmup = warmup
+        self.anneal = anneal
+        self.total_steps = total_steps
+        self.dtype = dtype
+        self.schedule = None
+        if isinstance(sigma, keras.optimizers.schedules.LearningRateSchedule):
+            self.schedule = sigma
+        else:
+            self._number = sigma
+            self._sigma = scalar_variable(sigma, dtype, "sigma")
+        self._start = scalar_variable(0, "int64", "budget_start")
+        self._total = scalar_variable(total_steps or 0, "int64", "budget_total")
+
+    @property
+    def sigma(self):
+        """The full budget as it was given: a float or a schedule."""
+        return self._number if self.schedule is None else self.schedule
+
+    @sigma.setter
+    def sigma(self, number):
+        self._number = number
+        self._sigma.assign(number)
+
+    @property
+    def is_zero(self):
+        """Whether there is no budget now, nor later in the schedule."""
+        return self.schedule is None and self._number == 0
+
+    @property
+    def has_length(self):
+        """False where `fit` has to say how long the training is."""
+        return self.total_steps is not None or not (self.warmup or self.anneal)
+
+    def begin_epoch(self, epoch, steps_per_epoch, epochs, iterations):
+        """Places the training at the start of an epoch (host side)."""
+        self._start.assign(iterations - epoch * steps_per_epoch)
+        self._total.assign(epochs * steps_per_epoch)
+
+    def __call__(self, iterations):
+        """The budget of the step that `iterations` steps came before.
+
+        Args:
+            iterations: Integer scalar tensor.
+
+        Returns:
+            Scalar tensor in loss units, not negative.
+        """
+        if self.schedule is not None:
+            sigma = tf.cast(self.schedule(iterations), self.dtype)
+            return tf.maximum(sigma, 0)
+        sigma = tf.convert_to_tensor(self._sigma.value)
+        if not (self.warmup or self.anneal):
+            return sigma
+        step = tf.cast(iterations, tf.int64) - self._start.value
+        progress = tf.math.divide_no_nan(
+            tf.cast(step, self.dtype), tf.cast(self._total.value, self.dtype)
+        )
+        return _rule.budget(sigma, progress, self.warmup, self.anneal)
+
+
+def tell_length(budget, callbacks, model):
+    """The `callbacks` of `fit`, and one that tells `budget` where it is."""
+    teller = _LengthTeller(budget)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        # The caller has set it up already, and `fit` leaves it at that.
+        teller.set_model(model)
+        teller.set_params(callbacks.params)
+        callbacks.append(teller)
+        return callbacks
+    return [*keras.tree.flatten(callbacks or []), teller]
+
+
+class _LengthTeller(keras.callbacks.Callback):
+    """Tells a model's `Budget` which part of the training `fit` is at.
+
+    Raises `ValueError` before the first step where `fit` does not know the
+    steps of an epoch.
+    """
+
+    def __init__(self, budget):
+        super().__init__()
+        self._budget = budget
+
+    def on_train_begin(self, logs=None):
+        if self.params.get("steps") is None and not self._budget.is_zero:
+            raise ValueError(
+                "The budget's warm-up and annealing are shares of the whole "
+                "training, and the number of steps in an epoch of this data "
+                "is not known. Pass `steps_per_epoch` to `fit`, or "
+                "`total_steps` to the model, or set warmup=0 and anneal=0. "
+                f"Received: warmup={self._budget.warmup}, "
+                f"anneal={self._budget.anneal}, total_steps=None"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.params.get("steps") is None:
+            return
+        iterations = int(
+            keras.ops.convert_to_numpy(self.model.optimizer.iterations)
+        )
+        self._budget.begin_epoch(
+            epoch, self.params["steps"], self.params["epochs"], iterations
+        )
+
+
+def scalar_variable(value, dtype, name):
+    """A number that may change between steps without a new graph."""
+    return keras.Variable(
+        value,
+        dtype=dtype,
+        trainable=False,
+        autocast=False,
+        aggregation="only_first_replica",
+        name=name,
+    )

@@ -1,0 +1,39 @@
+"""What a step logs beside loss and metrics."""
+
+import keras
+import tensorflow as tf
+
+
+class StepStatistics(keras.metrics.Metric):
+    """Means over steps of several numbers at once.
+
+    One vector of sums and one of counts, so that a step pays for two
+    assignments whatever the number of names. A value that is not finite (a
+    step that overflowed in mixed precision) is left out of its mean.
+
+    Args:
+        names: Sequence of strings, the names in the logs.
+        name: Name of the metric.
+    """
+
+    def __init__(self, names, name="step_statistics", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.names = tuple(names)
+        shape = (len(self.names),)
+        self.total = self.add_variable(shape, "zeros", name="total")
+        self.count = self.add_variable(shape, "zeros", name="count")
+
+    def update_state(self, values):
+        """Adds one step: `values` maps each name to a scalar tensor."""
+        values = tf.stack([tf.cast(values[n], self.dtype) for n in self.names])
+        finite = tf.math.is_finite(values)
+        self.total.assign_add(tf.where(finite, values, 0.0))
+        self.count.assign_add(tf.cast(finite, self.dtype))
+
+    def result(self):
+        # Where nothing was observed: 0 / 0, not a number.
+        means = tf.convert_to_tensor(self.total.value) / self.count.value
+        return dict(zip(self.names, tf.unstack(means)))
+
+    def get_config(self):
+        return {**super().get_config(), "names": self.names}

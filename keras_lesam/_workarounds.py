@@ -1,0 +1,41 @@
+"""What touches names that Keras does not publish, each with its reason."""
+
+import keras
+
+
+def map_with_masks(function, tensors):
+    """`function(*tensors)`, and the same for the Keras masks they carry.
+
+    Losses and metrics read a mask off the outputs. Keras has no public name
+    for it: https://github.com/keras-team/keras/blob/master/keras/src/backend/
+    common/masking.py
+    """
+    result = function(*tensors)
+    masks = [getattr(t, "_keras_mask", None) for t in tensors]
+    if all(mask is not None for mask in masks):
+        result._keras_mask = function(*masks)
+    return result
+
+
+def rematerialized_layers(model):
+    """Names of layers that recompute their forward pass with weights inside.
+
+    `tf.recompute_grad`, which `keras.RematScope` and `keras.remat` use on
+    TensorFlow, differentiates by arguments and by `tf.Variable`s only. To it
+    the weights of a pass at `w + eps` are constants; their gradient would be
+    lost without a word. Keras keeps the mode in a private attribute.
+    """
+    return [
+        layer.name
+        for layer in model._flatten_layers()
+        if _recomputes_weights(layer)
+    ]
+
+
+def _recomputes_weights(layer):
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None or isinstance(layer, keras.Model) or not layer.weights:
+        return False
+    if mode.mode == "list_of_layers":
+        return layer.name in (mode.layer_names or ())
+    return mode.mode != "activations"
