@@ -4,10 +4,9 @@ Each builder takes the shape of an image, `(rows, columns, channels)`, and
 returns a built `keras.Model` whose outputs are logits.
 """
 
+import _common
 import keras
 from keras import layers
-
-CLASSES = 10
 
 
 def dense(shape, units=128, depth=2):
@@ -38,14 +37,15 @@ def vit(shape, dim=48, heads=4, depth=2):
     """A vision transformer with pre-norm blocks, on about 7 x 7 patches."""
     patch = max(2, shape[0] // 7)
     inputs = keras.Input(shape)
-    x = layers.Conv2D(dim, patch, strides=patch)(inputs)
+    x = layers.Rescaling(4.0, -1.0)(inputs)
+    x = layers.Conv2D(dim, patch, strides=patch)(x)
     x = layers.Reshape((-1, dim))(x)
     x = PositionEmbedding()(x)
     for _ in range(depth):
         x = _attention_block(x, dim, heads)
     x = layers.LayerNormalization()(x)
     x = layers.GlobalAveragePooling1D()(x)
-    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+    return keras.Model(inputs, layers.Dense(_common.CLASSES)(x))
 
 
 def lstm(shape, units=64):
@@ -62,7 +62,7 @@ def resnet(shape, width=16, depth=3):
     for i in range(depth):
         x = _residual_block(x, width * 2**i, strides=1 if i == 0 else 2)
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+    return keras.Model(inputs, layers.Dense(_common.CLASSES)(x))
 
 
 class PositionEmbedding(layers.Layer):
@@ -86,7 +86,9 @@ NETS = {
 
 
 def _sequential(shape, *stack):
-    return keras.Sequential([keras.Input(shape), *stack, layers.Dense(CLASSES)])
+    return keras.Sequential(
+        [keras.Input(shape), *stack, layers.Dense(_common.CLASSES)]
+    )
 
 
 def _apply(stack, x):
@@ -100,7 +102,9 @@ def _convolution(filters, strides, normalize, activation="relu"):
     convolution = layers.Conv2D(
         filters, 3, strides=strides, padding="same", use_bias=not normalize
     )
-    normalization = [layers.BatchNormalization(momentum=0.9)] if normalize else []
+    normalization = (
+        [layers.BatchNormalization(momentum=0.9)] if normalize else []
+    )
     return [convolution, *normalization, layers.Activation(activation)]
 
 

@@ -10,7 +10,7 @@ if _keras.config.backend() != "tensorflow":
         f"Received: keras.config.backend()={_keras.config.backend()!r}"
     )
 
-from keras_lesam._model import LESAMModel  # noqa: E402
-from keras_lesam._version import __version__  # noqa: E402
+from keras_lesam._model import LESAMModel
+from keras_lesam._version import __version__
 
 __all__ = ["LESAMModel", "__version__"]

@@ -67,7 +67,8 @@ class LESAMModel(keras.Model):
     steps of an epoch: `sigma`, the budget (loss units); `gradient_norm`, the
     slope `s` (loss units per weight-space distance); `rho` (weight-space
     distance); and `sharpness`, the rise `L(w + eps) - L(w)` that was reached
-    (loss units).
+    (loss units). With `sigma=0` nothing looks at the gradients, and
+    `gradient_norm` is nan.
 
     Args:
         model: A `keras.Model`: functional, sequential or subclassed, built or
@@ -89,7 +90,9 @@ class LESAMModel(keras.Model):
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
-            each `fit` is about to do: steps of an epoch times `epochs`.
+            each `fit` is about to do: steps of an epoch times `epochs`. If
+            you call `fit` in a loop, pass it: each call would warm up and
+            anneal anew.
         curvature: `"none"`, the paper's first order. Others are not
             implemented yet.
         adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
@@ -172,8 +175,10 @@ class LESAMModel(keras.Model):
         self._perturb = perturb
         dtype = _scalar_dtype(model)
         self._budget = Budget(sigma, warmup, anneal, total_steps, dtype)
+        # The rule reads a variable: a new cap is not a new graph.
+        self._rho_max = _check_rho_max(rho_max)
         self._rule = _rule.LossEquated(
-            rho_max=scalar_variable(_check_rho_max(rho_max), dtype, "rho_max"),
+            rho_max=scalar_variable(self._rho_max, dtype, "rho_max"),
             adaptive=_checks.boolean("adaptive", adaptive),
             alpha=_checks.number("alpha", alpha, 0, 1),
         )
@@ -200,16 +205,17 @@ class LESAMModel(keras.Model):
         sigma = self._budget(tf.convert_to_tensor(self.optimizer.iterations))
 
         if self._ascent_fraction == 1:
-            gradients, statistics, logs = self._take(
-                _step.perturbed, batch, sigma
-            )
+            found = self._take(_step.perturbed, batch, sigma)
+        elif not _workarounds.has_fast_conditionals(self):
+            found = self._take(self._perturbed_from_share, batch, sigma)
         else:
             # Where the budget is 0, the one pass sees the whole batch.
-            gradients, statistics, logs = tf.cond(
+            found = tf.cond(
                 sigma > 0,
                 lambda: self._take(self._perturbed_from_share, batch, sigma),
                 lambda: self._take(_step.plain, batch, sigma),
             )
+        gradients, statistics, logs = found
 
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         self._statistics.update_state(statistics)
@@ -244,7 +250,12 @@ class LESAMModel(keras.Model):
             step = functools.partial(
                 _step.in_parts, step, self._num_batch_splits
             )
-        problem = _step.Problem(self, self._rule, self._perturbed_weights())
+        problem = _step.Problem(
+            self,
+            self._rule,
+            self._perturbed_weights(),
+            conditional=_workarounds.has_fast_conditionals(self),
+        )
         found = step(problem, batch, sigma)
         _passes.commit(found.state)
         self._loss_metric().update_state(
@@ -346,7 +357,7 @@ class LESAMModel(keras.Model):
     # What users call.
 
     def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`, with the loss scaling the inner model needs.
+        """As `keras.Model.compile`, scaling the loss if the inner model needs it.
 
         An inner model with `compute_loss` or `compute_metrics` of its own is
         compiled along, without an optimizer, so that they can call `super()`.
@@ -492,12 +503,12 @@ class LESAMModel(keras.Model):
 
     @property
     def rho_max(self):
-        rho_max = float(keras.ops.convert_to_numpy(self._rule.rho_max))
-        return None if math.isinf(rho_max) else rho_max
+        return None if math.isinf(self._rho_max) else self._rho_max
 
     @rho_max.setter
     def rho_max(self, value):
-        self._rule.rho_max.assign(_check_rho_max(value))
+        self._rho_max = _check_rho_max(value)
+        self._rule.rho_max.assign(self._rho_max)
 
     @property
     def warmup(self):

@@ -42,11 +42,14 @@ class Problem(NamedTuple):
         model: A compiled and built Keras model.
         rule: The rule that gives the perturbation and the descent.
         perturbed: List of bools like the weights: which may be moved.
+        conditional: Whether a pass that is not needed is left out at run
+            time; if not, it is made, and its result is not used.
     """
 
     model: keras.Model
     rule: Any
     perturbed: list
+    conditional: bool = True
 
 
 def plain(problem, batch, sigma, state=()):
@@ -76,7 +79,8 @@ def perturbed(problem, batch, sigma, state=()):
         second = first.second_pass(batch)
         rise = tf.cast(second.loss - first.point.loss, sigma.dtype)
         # Where the climb ends at no loss at all, do not follow it.
-        return tf.cond(
+        return _either(
+            problem.conditional,
             tf.math.is_finite(rise),
             lambda: (first.descend(second), first.climb.rho, rise),
             one_pass,
@@ -86,7 +90,9 @@ def perturbed(problem, batch, sigma, state=()):
         zero = tf.zeros_like(sigma)
         return first.descend(first.point), zero, zero
 
-    gradients, rho, rise = tf.cond(first.climb.rho > 0, two_passes, one_pass)
+    gradients, rho, rise = _either(
+        problem.conditional, first.climb.rho > 0, two_passes, one_pass
+    )
     return first.step(gradients, rho, rise)
 
 
@@ -209,6 +215,18 @@ class _FirstPass:
                 "sigma": self.sigma,
             },
         )
+
+
+def _either(conditional, predicate, then, otherwise):
+    """`tf.cond`, or both and a choice between them."""
+    if conditional:
+        return tf.cond(predicate, then, otherwise)
+    return tf.nest.map_structure(
+        lambda a, b: None if a is None else tf.where(predicate, a, b),
+        then(),
+        otherwise(),
+        expand_composites=True,
+    )
 
 
 def _dense(gradient):

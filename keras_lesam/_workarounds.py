@@ -1,6 +1,24 @@
-"""What touches names that Keras does not publish, each with its reason."""
+"""What would not be here if Keras, TensorFlow and XLA were otherwise.
+
+Each with its reason and its issue upstream; tests/test_workarounds.py tells
+when one of them can go.
+"""
 
 import keras
+import tensorflow as tf
+
+
+def has_fast_conditionals(model):
+    """False where XLA runs a branch much slower than the same code outside.
+
+    XLA on CPU does not bring convolutions inside of conditionals and loops
+    into the form that its fast kernels need; the gradient of a kernel takes
+    some 50 times as long: https://github.com/jax-ml/jax/issues/12868
+    """
+    devices = {
+        device.device_type for device in tf.config.list_logical_devices()
+    }
+    return not (model.jit_compile and devices == {"CPU"})
 
 
 def map_with_masks(function, tensors):

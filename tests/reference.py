@@ -42,14 +42,20 @@ def fit(
                 step(
                     net,
                     loss,
-                    [rows_between(b, size * i // parts, size * (i + 1) // parts)
-                     for b in batch],
+                    [
+                        rows_between(
+                            b, size * i // parts, size * (i + 1) // parts
+                        )
+                        for b in batch
+                    ],
                     sigma,
                     **rule,
                 )
                 for i in range(parts)
             ]
-            gradients = [np.mean(g, axis=0) for g in zip(*(f[0] for f in found))]
+            gradients = [
+                np.mean(g, axis=0) for g in zip(*(f[0] for f in found))
+            ]
             for variable, gradient in zip(net.trainable_variables, gradients):
                 variable.assign_sub(learning_rate * gradient)
             steps.append(tuple(np.mean([f[1] for f in found], axis=0)))
@@ -105,7 +111,8 @@ def loss_and_gradients(net, loss, batch):
         total = loss(y, net(x, training=True), sample_weight)
         total += sum(net.losses)
     gradients = tape.gradient(
-        total, [v.value for v in net.trainable_variables],
+        total,
+        [v.value for v in net.trainable_variables],
         unconnected_gradients="zero",
     )
     return float(total), [tf.convert_to_tensor(g).numpy() for g in gradients]
