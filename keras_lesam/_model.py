@@ -295,16 +295,8 @@ class LESAMModel(keras.Model):
             return
         if not (self._budget.has_length or self._fitting):
             raise ValueError(_NO_LENGTH)
+        _workarounds.refuse_rematerialized_layers(self.model)
         _passes.build(self, batch)
-        recomputed = _workarounds.rematerialized_layers(self.model)
-        if recomputed:
-            raise ValueError(
-                "Layers under `keras.RematScope` that have weights cannot be "
-                "perturbed with the TensorFlow backend: the gradient at the "
-                "perturbed weights would be lost. Build the model outside of "
-                "the scope, or with mode='activations'. "
-                f"Received: layers {recomputed}"
-            )
         self._built_for_training = True
 
     # The model, as Keras sees it.
@@ -357,7 +349,7 @@ class LESAMModel(keras.Model):
     # What users call.
 
     def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`, scaling the loss if the inner model needs it.
+        """As `keras.Model.compile`, scaling the loss as the inner model would.
 
         An inner model with `compute_loss` or `compute_metrics` of its own is
         compiled along, without an optimizer, so that they can call `super()`.

@@ -262,9 +262,13 @@ def _join(nests, shares):
     def join(*tensors):
         if not isinstance(shares[0], float):
             tensors = [
-                t[: tf.where(share > 0, _passes.count_rows(t), 0)]
+                _passes.take_rows(
+                    t, 0, tf.where(share > 0, _passes.count_rows(t), 0)
+                )
                 for t, share in zip(tensors, shares)
             ]
+        if isinstance(tensors[0], tf.SparseTensor):
+            return tf.sparse.concat(0, tensors)
         return tf.concat(tensors, 0)
 
     return keras.tree.map_structure(

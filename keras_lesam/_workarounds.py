@@ -35,24 +35,29 @@ def map_with_masks(function, tensors):
     return result
 
 
-def rematerialized_layers(model):
-    """Names of layers that recompute their forward pass with weights inside.
+def refuse_rematerialized_layers(model):
+    """Raises `ValueError` for layers that recompute a pass with weights.
 
     `tf.recompute_grad`, which `keras.RematScope` and `keras.remat` use on
     TensorFlow, differentiates by arguments and by `tf.Variable`s only. To it
     the weights of a pass at `w + eps` are constants; their gradient would be
     lost without a word. Keras keeps the mode in a private attribute.
     """
-    return [
-        layer.name
-        for layer in model._flatten_layers()
-        if _recomputes_weights(layer)
-    ]
+    names = [x.name for x in model._flatten_layers() if _recomputes_weights(x)]
+    if names:
+        raise ValueError(
+            "Layers with weights under `keras.RematScope` cannot be perturbed "
+            "with the TensorFlow backend: the gradient at the perturbed "
+            "weights would be lost. Build the model outside of the scope, or "
+            f"with mode='activations'. Received: layers {names}"
+        )
 
 
 def _recomputes_weights(layer):
     mode = getattr(layer, "_remat_mode", None)
-    if mode is None or isinstance(layer, keras.Model) or not layer.weights:
+    if mode is None or isinstance(layer, keras.Model):
+        return False
+    if layer.built and not layer.weights:
         return False
     if mode.mode == "list_of_layers":
         return layer.name in (mode.layer_names or ())

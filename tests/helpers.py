@@ -9,6 +9,11 @@ CONSTANT = {"warmup": 0.0, "anneal": 0.0}
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def crossentropy():
+    """A loss of Keras's float type as it is now."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def classification_data(rows=96, shape=(6,), classes=4, seed=0):
     """Random inputs and labels; enough where only arithmetic is tested."""
     rng = np.random.default_rng(seed)
@@ -46,13 +51,14 @@ def noisy_net(seed=0):
     )
 
 
-def train(model, x, y, *, optimizer=None, loss=CROSSENTROPY, seed=1, **kwargs):
+def train(model, x, y, *, optimizer=None, loss=None, seed=1, **kwargs):
     """Compiles and fits with the same shuffling and noise each time."""
     fit = {"batch_size": 32, "epochs": 3, "verbose": 0}
-    for name in ("sample_weight", "class_weight", *fit):
+    for name in ("sample_weight", "class_weight", "shuffle", *fit):
         if name in kwargs:
             fit[name] = kwargs.pop(name)
-    model.compile(optimizer or keras.optimizers.SGD(0.1), loss, **kwargs)
+    optimizer = optimizer or keras.optimizers.SGD(0.1)
+    model.compile(optimizer, loss or crossentropy(), **kwargs)
     keras.utils.set_random_seed(seed)
     return model.fit(x, y, **fit).history
 

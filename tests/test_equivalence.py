@@ -7,11 +7,11 @@ import tensorflow as tf
 
 from keras_lesam import LESAMModel
 from tests import reference
-from tests.helpers import CROSSENTROPY
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
 from tests.helpers import classification_data
 from tests.helpers import constant_lesam
+from tests.helpers import crossentropy
 from tests.helpers import dense_net
 from tests.helpers import noisy_net
 from tests.helpers import train
@@ -159,7 +159,7 @@ def assert_agrees_with_the_reference(options, mode):
     expected, net = dense_net(), dense_net()
     steps = reference.fit(
         expected,
-        CROSSENTROPY,
+        crossentropy(),
         x,
         y,
         sigma=0.2,
@@ -167,7 +167,7 @@ def assert_agrees_with_the_reference(options, mode):
         **reference_arguments(options),
     )
     model = constant_lesam(net, 0.2, **options)
-    model.compile(keras.optimizers.SGD(0.1), CROSSENTROPY, **mode)
+    model.compile(keras.optimizers.SGD(0.1), crossentropy(), **mode)
     history = model.fit(
         x,
         y,
@@ -214,12 +214,12 @@ def test_fewer_rows_than_parts(mode):
     for _ in range(2):
         first, last = slice(0, 80), slice(80, 81)
         reference.fit(
-            expected, CROSSENTROPY, x[first], y[first], parts=4, **arguments
+            expected, crossentropy(), x[first], y[first], parts=4, **arguments
         )
-        reference.fit(expected, CROSSENTROPY, x[last], y[last], **arguments)
+        reference.fit(expected, crossentropy(), x[last], y[last], **arguments)
     model = constant_lesam(net, 0.2, num_batch_splits=4)
     model.compile(
-        keras.optimizers.SGD(0.1), CROSSENTROPY, metrics=[Rows()], **mode
+        keras.optimizers.SGD(0.1), crossentropy(), metrics=[Rows()], **mode
     )
     history = model.fit(
         x, y, batch_size=16, epochs=2, shuffle=False, verbose=0
@@ -233,9 +233,9 @@ def test_parts_of_a_batch_of_static_size():
     x, y = classification_data(rows=64)
     data = tf.data.Dataset.from_tensor_slices((x, y))
     expected, net = dense_net(), dense_net()
-    reference.fit(expected, CROSSENTROPY, x, y, sigma=0.2, parts=3)
+    reference.fit(expected, crossentropy(), x, y, sigma=0.2, parts=3)
     model = constant_lesam(net, 0.2, num_batch_splits=3)
-    model.compile(keras.optimizers.SGD(0.1), CROSSENTROPY)
+    model.compile(keras.optimizers.SGD(0.1), crossentropy())
     model.fit(data.batch(32, drop_remainder=True), epochs=2, verbose=0)
     assert_close_weights(net, expected, rtol=1e-4, atol=1e-5)
 
@@ -252,7 +252,7 @@ def test_momentum_and_adam_see_only_the_second_gradient():
     x, y = classification_data(rows=32)
     net, twin = dense_net(), dense_net()
     expected, _ = reference.step(
-        twin, CROSSENTROPY, [x, y, None], 0.1, rho_max=0.5
+        twin, crossentropy(), [x, y, None], 0.1, rho_max=0.5
     )
     model = constant_lesam(net, 0.1, 0.5)
     train(model, x, y, optimizer=Recorder(0.1), run_eagerly=True, epochs=1)

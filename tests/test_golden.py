@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from tests.helpers import CROSSENTROPY
 from tests.helpers import constant_lesam
+from tests.helpers import crossentropy
 
 FILES = sorted(pathlib.Path(__file__).with_name("golden").glob("*.npz"))
 
@@ -60,7 +60,7 @@ def test_golden_trajectory(file, float64):
     model = constant_lesam(
         net, meta["sigma"], meta["rho_max"], alpha=meta["alpha"]
     )
-    model.compile(golden_optimizer(meta), CROSSENTROPY)
+    model.compile(golden_optimizer(meta), crossentropy())
 
     logs, first = [], None
     for x, y in batches(golden, meta):
