@@ -83,21 +83,30 @@ def evaluate(model, weights, batch, state=()):
 def build(model, batch):
     """Creates the variables that wait for a first batch; changes no others.
 
-    Those of layers, losses, metrics and the optimizer. In a graph the values
-    computed on the way are pruned.
+    Those of layers, losses, metrics and the optimizer. In a graph the pass
+    that does so is traced apart, and never run.
     """
-    with keras.StatelessScope(collect_losses=True):
-        outputs = model(batch.x, training=False)
+    if tf.executing_eagerly():
+        _touch(model, batch)
+    else:
+        trace = tf.function(lambda: _touch(model, batch), autograph=False)
+        trace.get_concrete_function()
+    if not model.optimizer.built:
+        with tf.init_scope():
+            model.optimizer.build(model.trainable_variables)
+
+
+def _touch(model, batch):
+    """Calls all that has variables; nothing is written."""
+    x, y, sample_weight = batch
+    with keras.StatelessScope():
+        outputs = model(x, training=False)
     weights = read(model.trainable_variables)
     with _RecordingScope([*zip(model.trainable_variables, weights)]):
-        x, y, sample_weight = batch
         model.compute_loss(
             x=x, y=y, y_pred=outputs, sample_weight=sample_weight
         )
         model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
-    if not model.optimizer.built:
-        with tf.init_scope():
-            model.optimizer.build(model.trainable_variables)
 
 
 def read(variables):

@@ -19,13 +19,16 @@ def fit(
     *,
     sigma,
     learning_rate=0.1,
+    optimizer=None,
     batch_size=32,
     epochs=2,
     sample_weight=None,
     parts=1,
     **rule,
 ):
-    """Trains `net` by SGD on LE-SAM gradients, batches in order.
+    """Trains `net` by SGD, or an optimizer, on LE-SAM gradients.
+
+    Batches are taken in order.
 
     Returns the list of each step's `(rho, slope, loss, rise)`.
     """
@@ -56,8 +59,11 @@ def fit(
             gradients = [
                 np.mean(g, axis=0) for g in zip(*(f[0] for f in found))
             ]
-            for variable, gradient in zip(net.trainable_variables, gradients):
-                variable.assign_sub(learning_rate * gradient)
+            if optimizer is not None:
+                optimizer.apply(gradients, net.trainable_variables)
+            else:
+                for v, gradient in zip(net.trainable_variables, gradients):
+                    v.assign_sub(learning_rate * gradient)
             steps.append(tuple(np.mean([f[1] for f in found], axis=0)))
     return steps
 
