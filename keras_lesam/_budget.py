@@ -92,7 +92,7 @@ def tell_length(budget, callbacks, model):
         # The caller has set it up already, and `fit` leaves it at that.
         teller.set_model(model)
         teller.set_params(callbacks.params)
-        callbacks.append(teller)
+        callbacks.callbacks.append(teller)
         return callbacks
     return [*keras.tree.flatten(callbacks or []), teller]
 

@@ -66,6 +66,9 @@ def compile_along(model, compile_method, args, kwargs):
     model.compile(
         optimizer=None, **{name: given[name] for name in names if name in given}
     )
+    # It is not the user's: a file of the model that repeated it could not be
+    # loaded, as Keras builds the optimizer that is None.
+    vars(model).pop("_compile_config", None)
 
 
 def serialize(model):

@@ -96,7 +96,7 @@ def added_loss():
     return sequential(
         LAYERS.Dense(6, activation="tanh", activity_regularizer="l2"),
         Penalty(),
-        LAYERS.Dense(4, kernel_regularizer="l1", bias_regularizer="l2"),
+        LAYERS.Dense(4, kernel_regularizer="l2", bias_regularizer="l2"),
         shape=(5,),
     )
 

@@ -21,8 +21,8 @@ from tests.test_package import run_python
 
 # Not by name: a file has to restore what their arguments were, too.
 OPTIMIZERS = {
-    "Adam": lambda: keras.optimizers.Adam(0.02, beta_1=0.8),
-    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda: keras.optimizers.Adam(0.02, beta_1=0.8, name="o"),
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, name="o"),
 }
 optimizers = pytest.mark.parametrize(
     "optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys()
@@ -36,8 +36,8 @@ def is_kernel(variable):
 
 @keras.saving.register_keras_serializable("tests")
 class OwnLoss(keras.Sequential):
-    def compute_loss(self, x=None, y=None, y_pred=None, **kwargs):
-        return 2.0 * super().compute_loss(x=x, y=y, y_pred=y_pred, **kwargs)
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
 
 
 # No dropout where files are compared: Keras does not save the state of seeds.
@@ -190,6 +190,11 @@ def test_the_arguments_below_are_all_and_not_the_defaults():
     assert set(config) == set(parameters)
 
 
+def config_text(model):
+    """Lists and tuples are one in a file."""
+    return json.dumps(model.get_config())
+
+
 def through_config(model, path):
     return LESAMModel.from_config(model.get_config())
 
@@ -234,7 +239,7 @@ def test_every_argument_is_kept(way, tmp_path):
         assert getattr(other, name) == value, name
     assert other.curvature == "none"
     assert other.perturbation_scope == "replica"
-    assert other.get_config() == model.get_config()
+    assert config_text(other) == config_text(model)
 
 
 @ways
@@ -244,7 +249,7 @@ def test_a_schedule_is_kept(way, tmp_path):
     assert type(other.sigma) is keras.optimizers.schedules.CosineDecay
     assert other.sigma.get_config() == COSINE.get_config()
     assert other.rho_max == 0.07
-    assert other.get_config() == model.get_config()
+    assert config_text(other) == config_text(model)
 
 
 @ways
