@@ -105,8 +105,16 @@ def perturbed_from_share(problem, batch, sigma, state=(), *, share):
     rows = _share_of_rows(_passes.count_rows(batch), share)
     first = _FirstPass(problem, _passes.take_rows(batch, 0, rows), sigma, state)
     # Even at rho = 0: the gradient of the whole batch is still to come.
-    gradients = first.descend(first.second_pass(batch))
-    return first.step(gradients, first.climb.rho)
+    second = first.second_pass(batch)
+    if not problem.conditional:
+        return first.step(first.descend(second), first.climb.rho)
+    # Where the climb ends at no loss at all, the share's gradient must do.
+    gradients, rho = tf.cond(
+        tf.math.is_finite(second.loss),
+        lambda: (first.descend(second), first.climb.rho),
+        lambda: (first.descend(first.point), tf.zeros_like(sigma)),
+    )
+    return first.step(gradients, rho)
 
 
 def in_parts(step, parts, problem, batch, sigma):

@@ -229,6 +229,22 @@ def test_fewer_rows_than_parts(mode):
     assert history["rows"] == [81.0, 81.0]
 
 
+def test_an_empty_part_is_never_computed():
+    """Batch norm over no rows would be 0 / 0 for good."""
+    x, y = classification_data(rows=17)
+    net = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(4, activation="tanh"),
+            keras.layers.Dense(4),
+        ]
+    )
+    train(constant_lesam(net, num_batch_splits=4), x, y, batch_size=16)
+    for weight in net.get_weights():
+        assert np.isfinite(weight).all()
+
+
 def test_parts_of_a_batch_of_static_size():
     x, y = classification_data(rows=64)
     data = tf.data.Dataset.from_tensor_slices((x, y))

@@ -180,7 +180,9 @@ def test_model(name, options, float64):
     assert any(moved)
 
 
-@pytest.mark.parametrize("name", ["lstm", "embedding", "subclassed"])
+@pytest.mark.parametrize(
+    "name", ["convolutional", "lstm", "embedding", "subclassed"]
+)
 def test_model_in_parts(name, float64):
     build, inputs = MODELS[name]
     net, twin = pair(build)

@@ -170,7 +170,8 @@ def test_an_exception_in_the_second_pass_leaves_the_weights():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_climb_off_the_end_of_the_loss_is_a_plain_step():
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_climb_off_the_end_of_the_loss_is_a_plain_step(share):
     """The loss at w + eps is not a number: the update is plain SGD's."""
     x, y = np.ones((4, 1), "float32"), np.ones((4, 1), "float32")
 
@@ -179,7 +180,10 @@ def test_a_climb_off_the_end_of_the_loss_is_a_plain_step():
         return -keras.ops.log(1.0 - y_pred) * y_true
 
     nets = []
-    for wrap in (lambda net: net, lambda net: constant_lesam(net, sigma=3.0)):
+    for wrap in (
+        lambda net: net,
+        lambda net: constant_lesam(net, sigma=3.0, ascent_fraction=share),
+    ):
         net = keras.Sequential(
             [keras.Input((1,)), keras.layers.Dense(1, use_bias=False)]
         )
@@ -188,7 +192,7 @@ def test_a_climb_off_the_end_of_the_loss_is_a_plain_step():
         nets.append(net)
     assert_same_weights(*nets)
     assert np.isfinite(nets[1].get_weights()[0]).all()
-    assert history["sharpness"] == [0.0]
+    assert history["rho"] == [0.0]
 
 
 def test_two_replicas_train_and_agree():
