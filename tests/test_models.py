@@ -244,9 +244,13 @@ def two_headed_data():
 
 def weighted_sum(y, outputs, sample_weight=None):
     """The reference's words for loss_weights={"kind": 1, "size": 0.3}."""
-    kind, size = (None, None) if sample_weight is None else (
-        sample_weight["kind"],
-        sample_weight["size"],
+    kind, size = (
+        (None, None)
+        if sample_weight is None
+        else (
+            sample_weight["kind"],
+            sample_weight["size"],
+        )
     )
     return crossentropy()(y["kind"], outputs["kind"], kind) + 0.3 * (
         keras.losses.MeanSquaredError()(y["size"], outputs["size"], size)

@@ -41,7 +41,7 @@ def one_step(policy, **options):
 def test_same_numbers_as_float32(policy, options):
     """rho, slope and rise from the same weights, loss scale undone."""
     _, expected_net, expected = one_step("float32", **options)
-    model, found_net, found = one_step(policy, **options)
+    _, found_net, found = one_step(policy, **options)
     tolerance = PRECISION[policy]
     for name in ("rho", "gradient_norm", "loss"):
         np.testing.assert_allclose(found[name], expected[name], rtol=tolerance)

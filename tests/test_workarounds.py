@@ -41,8 +41,9 @@ def test_xla_on_cpu_is_slow_at_convolutions_in_branches():
     """jax-ml/jax#12868: then `has_fast_conditionals` can go."""
     x = tf.random.uniform((64, 32, 32, 16))
     kernel = tf.random.normal((3, 3, 16, 16))
-    slow, fast = seconds(in_a_branch, x, kernel), seconds(
-        kernel_gradient, x, kernel
+    slow, fast = (
+        seconds(in_a_branch, x, kernel),
+        seconds(kernel_gradient, x, kernel),
     )
     assert slow > 3 * fast
 

@@ -1,0 +1,221 @@
+"""Bad arguments: refused by name, before anything happens."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from keras_lesam import LESAMModel
+from tests.helpers import assert_same_weights
+from tests.helpers import classification_data
+from tests.helpers import dense_net
+from tests.helpers import train
+
+NOT_NUMBERS = ["0.1", True, np.True_, [0.1], 1j, b"1", object]
+NOT_FINITE = [math.nan, math.inf, -math.inf, np.float32("nan")]
+NUMBERS = {
+    "sigma": [-0.1, -1, np.float64(-1e-9)],
+    "rho_max": [-1.0, 0.0, 0],
+    "warmup": [-0.1, 1.1],
+    "anneal": [-0.1, 2],
+    "alpha": [-0.1, 1.5],
+    "ascent_fraction": [0.0, -0.5, 1.01],
+}
+BAD_VALUES = [
+    (name, value)
+    for name, values in NUMBERS.items()
+    for value in [*values, *NOT_FINITE]
+] + [
+    ("total_steps", 0),
+    ("total_steps", -5),
+    ("num_batch_splits", 0),
+    ("num_batch_splits", -1),
+    ("curvature", "exact"),
+    ("curvature", None),
+    ("curvature", 1),
+    ("perturbation_scope", "worker"),
+    ("perturbation_scope", True),
+]
+BAD_TYPES = [(name, value) for name in NUMBERS for value in NOT_NUMBERS] + [
+    ("sigma", None),
+    ("alpha", None),
+    ("ascent_fraction", None),
+    ("total_steps", 1.0),
+    ("total_steps", "10"),
+    ("total_steps", True),
+    ("num_batch_splits", 2.0),
+    ("num_batch_splits", None),
+    ("num_batch_splits", False),
+    ("adaptive", 1),
+    ("adaptive", None),
+    ("adaptive", "yes"),
+    ("perturb", "kernel"),
+    ("perturb", True),
+    ("name", 3),
+]
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return dense_net()
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+def test_bad_value(net, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}="):
+        LESAMModel(net, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_TYPES)
+def test_bad_type(net, name, value):
+    with pytest.raises(TypeError, match=f"`{name}`.*Received: {name}="):
+        LESAMModel(net, **{name: value})
+
+
+def test_the_message_says_what_was_received(net):
+    with pytest.raises(ValueError, match=r"Received: rho_max=-1\.0$"):
+        LESAMModel(net, rho_max=-1.0)
+
+
+@pytest.mark.parametrize("shares", [(0.6, 0.5), (1.0, 0.001)])
+def test_shares_of_more_than_the_whole(net, shares):
+    with pytest.raises(ValueError, match="together they must be at most 1"):
+        LESAMModel(net, warmup=shares[0], anneal=shares[1])
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.7), (0.9, 0.1), (1, 0), (0, 1)])
+def test_shares_of_just_the_whole(net, shares):
+    model = LESAMModel(net, warmup=shares[0], anneal=shares[1])
+    assert (model.warmup, model.anneal) == shares
+
+
+@pytest.mark.parametrize("name", ["warmup", "anneal"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.2])
+def test_a_schedule_leaves_no_shares(net, name, value):
+    with pytest.raises(ValueError, match="`sigma` is a schedule"):
+        LESAMModel(net, SCHEDULE, **{name: value})
+    assert LESAMModel(net, SCHEDULE).warmup == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("curvature", "hvp"),
+        ("curvature", "secant"),
+        ("perturbation_scope", "global"),
+    ],
+)
+def test_what_is_still_to_come_says_so(net, name, value):
+    with pytest.raises(NotImplementedError, match=f"Received: {name}="):
+        LESAMModel(net, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "model", [None, "model", keras.layers.Dense(3), len, keras.Model, 3.0]
+)
+def test_not_a_model(model):
+    with pytest.raises(TypeError, match=r"must be a keras\.Model.*Received"):
+        LESAMModel(model)
+
+
+def test_a_wrapped_model_is_not_wrapped_again(net):
+    with pytest.raises(ValueError, match=r"wrap its `\.model`"):
+        LESAMModel(LESAMModel(net))
+
+
+def test_a_choice_of_no_weights_is_refused_before_training():
+    x, y = classification_data()
+    net, same = dense_net(), dense_net()
+    model = LESAMModel(net, perturb=lambda variable: False)
+    with pytest.raises(ValueError, match="`perturb` selects none"):
+        train(model, x, y)
+    assert_same_weights(net, same)
+    assert int(model.optimizer.iterations) == 0
+
+
+READ_ONLY = (
+    *("warmup", "anneal", "total_steps", "curvature", "adaptive", "alpha"),
+    *("num_batch_splits", "ascent_fraction", "perturbation_scope", "perturb"),
+)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_read_only(net, name):
+    model = LESAMModel(net)
+    before = getattr(model, name)
+    with pytest.raises(AttributeError):
+        setattr(model, name, 0.123)
+    assert getattr(model, name) == before
+
+
+def test_arguments_assigned_later(net):
+    model = LESAMModel(net, 0.1, 0.3)
+    model.sigma, model.rho_max = 0.2, None
+    assert (model.sigma, model.rho_max) == (0.2, None)
+    for name, value in (("sigma", -1), ("rho_max", 0), ("sigma", math.nan)):
+        with pytest.raises(ValueError, match=f"Received: {name}="):
+            setattr(model, name, value)
+    for value in ("0.1", SCHEDULE, None, True):
+        with pytest.raises(TypeError, match="Received: sigma="):
+            model.sigma = value
+    assert (model.sigma, model.rho_max) == (0.2, None)
+    scheduled = LESAMModel(net, SCHEDULE)
+    with pytest.raises(TypeError, match="schedule"):
+        scheduled.sigma = 0.1
+    assert scheduled.sigma is SCHEDULE
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.25), np.float64(0.25), np.array(0.25), 0.25]
+)
+def test_numbers_of_numpy_are_numbers(net, number):
+    model = LESAMModel(
+        net, number, number, warmup=number, anneal=number, alpha=number
+    )
+    found = (model.sigma, model.rho_max, model.warmup, model.alpha)
+    assert found == (0.25,) * 4
+    assert all(type(value) is float for value in found)
+    assert LESAMModel(net, num_batch_splits=np.int64(2)).num_batch_splits == 2
+    assert LESAMModel(net, total_steps=np.int32(9)).total_steps == 9
+    assert LESAMModel(net, adaptive=np.True_).adaptive is True
+
+
+def test_a_refused_model_is_as_it_was():
+    x, y = classification_data()
+    net, same = dense_net(), dense_net()
+    for bad in ({"sigma": -1}, {"alpha": 7}, {"curvature": "hvp"}):
+        with pytest.raises((ValueError, NotImplementedError)):
+            LESAMModel(net, **bad)
+    assert_same_weights(net, same)
+    train(net, x, y)
+    train(LESAMModel(net), x, y)
+
+
+NET = []
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(sorted(NUMBERS)),
+    value=st.floats() | st.integers(-3, 3),
+)
+def test_any_number_is_taken_or_refused(name, value):
+    """In range: it is kept. Out of range: an error that names it."""
+    NET[:] = NET or [dense_net()]
+    low, high = {
+        "sigma": (0, math.inf),
+        "rho_max": (0, math.inf),
+    }.get(name, (0, 1))
+    good = math.isfinite(value) and low <= value <= high
+    good &= value > 0 or name not in ("rho_max", "ascent_fraction")
+    arguments = {"warmup": 0.0, "anneal": 0.0, name: value}
+    if good:
+        assert getattr(LESAMModel(NET[0], **arguments), name) == value
+    else:
+        with pytest.raises(ValueError, match=f"Received: {name}="):
+            LESAMModel(NET[0], **arguments)

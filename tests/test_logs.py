@@ -1,0 +1,150 @@
+"""What is logged, where, and that it is what happened."""
+
+import keras
+import numpy as np
+import pytest
+
+from tests.helpers import classification_data
+from tests.helpers import constant_lesam
+from tests.helpers import crossentropy
+from tests.helpers import dense_net
+from tests.helpers import train
+
+OURS = {"rho", "gradient_norm", "sharpness", "sigma"}
+
+
+class Logs(keras.callbacks.Callback):
+    """Keeps the logs of batches and epochs as they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.epochs, self.tests = [], [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(dict(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(dict(logs))
+
+    def on_test_end(self, logs=None):
+        self.tests.append(dict(logs))
+
+
+def fitted(**kwargs):
+    x, y = classification_data()
+    model = constant_lesam(dense_net(), 0.1, **kwargs)
+    model.compile("sgd", crossentropy(), metrics=["accuracy"])
+    logs = Logs()
+    history = model.fit(
+        *(x, y),
+        batch_size=32,
+        epochs=2,
+        validation_data=(x, y),
+        callbacks=[logs],
+        verbose=0,
+    )
+    return model, logs, history.history
+
+
+def test_logs_of_fit():
+    _, logs, history = fitted()
+    expected = OURS | {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert set(history) == expected
+    assert all(
+        set(batch) == OURS | {"loss", "accuracy"} for batch in logs.batches
+    )
+    assert all(set(epoch) == expected for epoch in logs.epochs)
+    assert all(set(test) == {"loss", "accuracy"} for test in logs.tests)
+    assert len(logs.batches) == 6
+    assert all(np.isfinite(values).all() for values in history.values())
+
+
+def test_sharpness_is_not_known_from_a_share():
+    _, _, history = fitted(ascent_fraction=0.5)
+    assert set(history) & OURS == OURS - {"sharpness"}
+
+
+def test_epochs_log_means_over_their_steps():
+    _, logs, history = fitted()
+    for name in OURS:
+        running = np.reshape([batch[name] for batch in logs.batches], (2, 3))
+        steps = np.diff(running * [1, 2, 3], axis=1, prepend=0)
+        np.testing.assert_allclose(steps.mean(axis=1), history[name], rtol=1e-5)
+        # Each epoch starts afresh: its first mean is its first step.
+        np.testing.assert_allclose(running[:, 0], steps[:, 0])
+    np.testing.assert_allclose(history["sigma"], [0.1, 0.1], rtol=1e-6)
+
+
+def test_first_order_relation_of_the_logs():
+    """At each step rho times the slope is the budget."""
+    x, y = classification_data(rows=32)
+    model = constant_lesam(dense_net(), 0.1)
+    model.compile("sgd", crossentropy())
+    for _ in range(3):
+        model.reset_metrics()
+        logs = model.train_on_batch(x, y, return_dict=True)
+        product = logs["rho"] * logs["gradient_norm"]
+        np.testing.assert_allclose(product, 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_progress_bar(verbose, capsys):
+    x, y = classification_data()
+    model = constant_lesam(dense_net())
+    model.compile("sgd", crossentropy())
+    model.fit(x, y, verbose=verbose)
+    printed = capsys.readouterr().out
+    assert all(f"{name}:" in printed for name in OURS)
+    model.evaluate(x, y, verbose=verbose)
+    printed = capsys.readouterr().out
+    assert not any(f"{name}:" in printed for name in OURS)
+
+
+def test_evaluate_is_that_of_plain_keras():
+    x, y = classification_data()
+    model, _, _ = fitted()
+    plain = model.model
+    plain.compile("sgd", crossentropy(), metrics=["accuracy"])
+    found = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert found == plain.evaluate(x, y, verbose=0, return_dict=True)
+    assert list(found) == ["loss", "accuracy"] or set(found) == {
+        "loss",
+        "accuracy",
+    }
+    assert model.evaluate(x, y, verbose=0) == plain.evaluate(x, y, verbose=0)
+    for return_dict in (False, True):
+        assert model.test_on_batch(
+            x, y, return_dict=return_dict
+        ) == plain.test_on_batch(x, y, return_dict=return_dict)
+
+
+def test_evaluate_between_fits_does_not_hide_the_logs():
+    x, y = classification_data()
+    model, _, _ = fitted()
+    model.evaluate(x, y, verbose=0)
+    assert set(model.fit(x, y, verbose=0).history) == OURS | {
+        "loss",
+        "accuracy",
+    }
+    names = [metric.name for metric in model.metrics]
+    assert "loss" in names
+    assert "step_statistics" in names
+
+
+def test_train_on_batch():
+    x, y = classification_data()
+    model, _, _ = fitted()
+    values = model.train_on_batch(x, y)
+    assert len(values) == 6
+    logs = model.train_on_batch(x, y, return_dict=True)
+    assert set(logs) == OURS | {"loss", "accuracy"}
+
+
+def test_no_budget_logs_no_gradient_norm():
+    x, y = classification_data()
+    model = constant_lesam(dense_net(), sigma=0.0)
+    history = train(model, x, y)
+    assert np.isnan(history["gradient_norm"]).all()
+    model.sigma = 0.1
+    history = model.fit(x, y, verbose=0).history
+    assert min(history["gradient_norm"]) > 0
