@@ -20,7 +20,7 @@ from keras_lesam._budget import tell_length
 from keras_lesam._statistics import StepStatistics
 
 DEFAULT_SIGMA = 0.1
-DEFAULT_RHO_MAX = 0.5
+DEFAULT_RHO_MAX = 1.0
 DEFAULT_WARMUP = 0.1
 DEFAULT_ANNEAL = 0.2
 

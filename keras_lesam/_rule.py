@@ -154,10 +154,10 @@ def budget(sigma, progress, warmup, anneal):
     if warmup:
         sigma *= tf.clip_by_value(progress / warmup, 0.0, 1.0)
     if anneal:
-        done = tf.clip_by_value((progress - (1 - anneal)) / anneal, 0.0, 1.0)
-        # cos^2, not (1 + cos) / 2, which cancels near the end.
-        share = tf.square(tf.cos(0.5 * math.pi * done))
-        sigma *= tf.where(done < 1, share, tf.zeros_like(share))
+        # sin^2 of what remains, which is 0 at the end and not nearly 0:
+        # 0.5 (1 + cos(pi done)) is the same on paper.
+        remains = tf.clip_by_value((1 - progress) / anneal, 0.0, 1.0)
+        sigma *= tf.square(tf.sin(0.5 * math.pi * remains))
     return sigma
 
 

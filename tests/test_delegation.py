@@ -1,0 +1,230 @@
+"""Models with training logic of their own: honoured or refused."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lesam import LESAMModel
+from tests import reference
+from tests.helpers import assert_close_weights
+from tests.helpers import assert_same_weights
+from tests.helpers import classification_data
+from tests.helpers import constant_lesam
+from tests.helpers import crossentropy
+from tests.helpers import train
+
+OURS = {"rho", "gradient_norm", "sharpness", "sigma"}
+
+
+def functional(cls):
+    """A functional model of class `cls`."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(8, activation="tanh", kernel_regularizer="l2")(
+        inputs
+    )
+    return cls(inputs, keras.layers.Dense(4)(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class SmoothLoss(keras.Model):
+    """Adds to the loss of `compile`."""
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 0.1 * keras.ops.mean(keras.ops.square(y_pred))
+
+
+class OldSignature(keras.Model):
+    """Without the argument that Keras 3.3 added."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        return loss + 0.1 * keras.ops.mean(keras.ops.square(y_pred))
+
+
+class OwnTracker(keras.Model):
+    """As in Keras's documentation of `compute_loss`: all by itself."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        one_hot = keras.ops.one_hot(y, 4)
+        loss = keras.ops.mean(keras.ops.square(y_pred - one_hot))
+        loss += keras.ops.sum(self.losses)
+        self.loss_tracker.update_state(loss)
+        return loss
+
+    def reset_metrics(self):
+        self.loss_tracker.reset_state()
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnMetrics(keras.Model):
+    """Counts the steps it is asked for, beside the metrics of `compile`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = keras.metrics.Sum(name="calls")
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        results = super().compute_metrics(x, y, y_pred, sample_weight)
+        self.calls.update_state(1.0)
+        return {**results, "calls": self.calls.result()}
+
+
+class MetricInCall(keras.Model):
+    """A metric that is updated in `call`, in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+        self.trackers = [keras.metrics.Sum(name="seen")]
+
+    def call(self, x, training=False):
+        if training:
+            self.trackers[0].update_state(1.0)
+        return self.dense(x)
+
+
+def metric_in_call(cls):
+    keras.utils.set_random_seed(0)
+    net = cls()
+    net(np.zeros((1, 6)))
+    return net
+
+
+MODELS = {
+    "own loss": (SmoothLoss, functional),
+    "old signature": (OldSignature, functional),
+    "own tracker": (OwnTracker, functional),
+    "own metrics": (OwnMetrics, functional),
+    "metric in call": (MetricInCall, metric_in_call),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_budget_as_in_plain_fit(name):
+    cls, build = MODELS[name]
+    x, y = classification_data()
+    plain, net = build(cls), build(cls)
+    arguments = {} if cls is OwnTracker else {"metrics": ["accuracy"]}
+    expected = train(plain, x, y, **arguments)
+    found = train(LESAMModel(net, sigma=0.0), x, y, **arguments)
+    assert_same_weights(net, plain)
+    assert set(found) == set(expected) | OURS
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["own metrics", "metric in call"])
+def test_metrics_are_updated_once_a_step(name, parts):
+    cls, build = MODELS[name]
+    x, y = classification_data(rows=96)
+    model = constant_lesam(build(cls), num_batch_splits=parts)
+    history = train(model, x, y, metrics=["accuracy"])
+    # A part is a pass of its own: `call` sees each.
+    steps = 3 * (parts if name == "metric in call" else 1)
+    key = "calls" if name == "own metrics" else "seen"
+    assert history[key] == [steps] * 3
+    assert "accuracy" in history
+
+
+def smooth(y, y_pred, sample_weight=None):
+    """The reference's words for the loss of `SmoothLoss`."""
+    loss = crossentropy()(y, y_pred, sample_weight)
+    return loss + 0.1 * keras.ops.mean(keras.ops.square(y_pred))
+
+
+@pytest.mark.parametrize("cls", [SmoothLoss, OldSignature])
+def test_own_loss_is_the_one_that_is_climbed(cls, float64):
+    x, y = classification_data()
+    net, twin = functional(cls), functional(cls)
+    reference.fit(twin, smooth, x, y, sigma=0.1)
+    train(constant_lesam(net, 0.1), x, y, epochs=2, shuffle=False)
+    assert_close_weights(net, twin, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluate_as_plain_keras(name):
+    cls, build = MODELS[name]
+    x, y = classification_data()
+    net = build(cls)
+    model = constant_lesam(net)
+    arguments = {} if cls is OwnTracker else {"metrics": ["accuracy"]}
+    train(model, x, y, **arguments)
+    found = model.evaluate(x, y, verbose=0, return_dict=True)
+    plain = build(cls)
+    plain.set_weights(net.get_weights())
+    plain.compile("sgd", crossentropy(), **arguments)
+    expected = plain.evaluate(x, y, verbose=0, return_dict=True)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("cls", [SmoothLoss, OwnMetrics])
+def test_saved_and_loaded(cls, tmp_path):
+    x, y = classification_data()
+    model = constant_lesam(functional(cls))
+    train(model, x, y, optimizer=keras.optimizers.Adam(), metrics=["accuracy"])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.model) is cls
+    arguments = {"epochs": 2, "shuffle": False, "verbose": 0}
+    expected = model.fit(x, y, **arguments).history
+    assert loaded.fit(x, y, **arguments).history == expected
+    assert_same_weights(loaded.model, model.model)
+
+
+def test_own_predict_step():
+    class Labels(keras.Model):
+        def predict_step(self, data):
+            return keras.ops.argmax(super().predict_step(data), axis=-1)
+
+    x, y = classification_data()
+    net = functional(Labels)
+    model = constant_lesam(net)
+    train(model, x, y)
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0),
+        np.argmax(net(x), axis=-1),
+    )
+
+
+REFUSED = (
+    *("train_step", "test_step", "fit", "evaluate"),
+    *("train_on_batch", "test_on_batch"),
+    *("make_train_function", "make_test_function"),
+)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_own_steps_are_refused(name):
+    def method(self, *args, **kwargs):
+        return getattr(keras.Model, name)(self, *args, **kwargs)
+
+    cls = type("Own", (keras.Model,), {name: method})
+    with pytest.raises(ValueError, match=f"which overrides {name}"):
+        LESAMModel(functional(cls))
+    net = functional(keras.Model)
+    setattr(net, name, lambda *args: None)
+    with pytest.raises(ValueError, match=f"which overrides {name}"):
+        LESAMModel(net)
+
+
+def test_metrics_of_a_model_compiled_before_are_not_ours():
+    x, y = classification_data()
+    net = functional(keras.Model)
+    net.compile("sgd", crossentropy(), metrics=["accuracy", "mse"])
+    history = train(constant_lesam(net), x, y, metrics=["accuracy"])
+    assert set(history) == OURS | {"loss", "accuracy"}
