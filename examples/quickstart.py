@@ -321,7 +321,9 @@ def draw_rho(axis, lesam):
         ylim=(0, 1.1 * lesam.model.rho_max),
     )
     axis.legend(
-        ["rho: the distance climbed", "rho_max: its cap"], loc="lower center"
+        ["rho: the distance climbed", "rho_max: its cap"],
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.9),
     )
 
 
