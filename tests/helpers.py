@@ -6,7 +6,6 @@ import numpy as np
 from keras_lesam import LESAMModel
 
 CONSTANT = {"warmup": 0.0, "anneal": 0.0}
-CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def crossentropy():
