@@ -9,6 +9,8 @@ import inspect
 
 import keras
 
+from keras_lesam import _workarounds
+
 # They decide what a step does, which is what the wrapper is there to decide.
 _REFUSED = (
     "train_step",
@@ -60,15 +62,18 @@ def compute_loss(model, x, y, y_pred, sample_weight, training):
 
 
 def compile_along(model, compile_method, args, kwargs):
-    """Gives a model the loss and metrics its wrapper was compiled with."""
+    """Gives a model the loss and metrics its wrapper was compiled with.
+
+    It keeps the optimizer that it may have from before.
+    """
     given = inspect.signature(compile_method).bind(*args, **kwargs).arguments
     names = ("loss", "loss_weights", "metrics", "weighted_metrics")
     model.compile(
-        optimizer=None, **{name: given[name] for name in names if name in given}
+        optimizer=getattr(model, "optimizer", None),
+        **{name: given[name] for name in names if name in given},
     )
-    # It is not the user's: a file of the model that repeated it could not be
-    # loaded, as Keras builds the optimizer that is None.
-    vars(model).pop("_compile_config", None)
+    if model.optimizer is None:
+        _workarounds.forget_compile(model)
 
 
 def serialize(model):

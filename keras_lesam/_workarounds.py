@@ -35,6 +35,15 @@ def map_with_masks(function, tensors):
     return result
 
 
+def forget_compile(model):
+    """Keeps a `compile` without an optimizer out of the files of a model.
+
+    Keras saves it, and fails to load it: `compile_from_config` builds the
+    optimizer that is None. There is no public way to take a `compile` back.
+    """
+    vars(model).pop("_compile_config", None)
+
+
 def refuse_rematerialized_layers(model):
     """Raises `ValueError` for layers that recompute a pass with weights.
 

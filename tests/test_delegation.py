@@ -186,6 +186,19 @@ def test_saved_and_loaded(cls, tmp_path):
     assert_same_weights(loaded.model, model.model)
 
 
+def test_an_optimizer_from_before_is_kept(tmp_path):
+    """Of a model with a loss of its own, which is compiled along."""
+    x, y = classification_data()
+    net = functional(SmoothLoss)
+    own = keras.optimizers.Adam(0.003)
+    train(net, x, y, optimizer=own)
+    train(constant_lesam(net), x, y)
+    assert net.optimizer is own
+    net.save(tmp_path / "net.keras")
+    loaded = keras.saving.load_model(tmp_path / "net.keras")
+    assert int(loaded.optimizer.iterations) == int(own.iterations) > 0
+
+
 def test_own_predict_step():
     class Labels(keras.Model):
         def predict_step(self, data):

@@ -4,6 +4,7 @@ import time
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_lesam import _workarounds
@@ -82,3 +83,12 @@ def test_masks_have_no_public_name():
         lambda *t: tf.concat(t, 0), [outputs, outputs]
     )
     np.testing.assert_array_equal(joined._keras_mask, [[True, False]] * 2)
+
+
+def test_keras_cannot_load_a_model_compiled_without_optimizer(tmp_path):
+    """Then `forget_compile` can go."""
+    net = dense_net()
+    net.compile(optimizer=None, loss="mse")
+    net.save(tmp_path / "net.keras")
+    with pytest.raises(AttributeError, match=r"'NoneType'.*'build'"):
+        keras.saving.load_model(tmp_path / "net.keras")
