@@ -90,8 +90,9 @@ def own_metrics(model):
         found = model.metrics
     else:
         found = [m for m in _attributes(model) if m.name != "compile_metrics"]
-    # The wrapper tracks the loss itself.
-    return [m for m in found if m.name != "loss"]
+    # The wrapper tracks the loss itself. Keras lists a metric twice that is
+    # an attribute: once under its name, once among those it tracks.
+    return list({id(m): m for m in found if m.name != "loss"}.values())
 
 
 def _attributes(model):

@@ -100,9 +100,13 @@ def _touch(model, batch):
     """Calls all that has variables; nothing is written."""
     x, y, sample_weight = batch
     with keras.StatelessScope():
-        outputs = model(x, training=False)
+        model(x, training=False)
     weights = read(model.trainable_variables)
+    # As in a pass: in training, and with what `add_loss` is given on the way.
+    # With replicas, a layer may want to synchronize, which a trace cannot.
+    training = _replicas() == 1
     with _RecordingScope([*zip(model.trainable_variables, weights)]):
+        outputs = model(x, training=training)
         model.compute_loss(
             x=x, y=y, y_pred=outputs, sample_weight=sample_weight
         )

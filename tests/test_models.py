@@ -472,3 +472,38 @@ def test_noise_of_the_global_seed_is_one_for_both_passes():
     assert history["sharpness"] == [0.0, 0.0]
     # ... and another one in the next step.
     assert history["loss"][0] != history["loss"][1]
+
+
+def test_a_loss_that_is_only_added():
+    """No `loss` in `compile`, no targets."""
+    net = keras.Sequential(
+        [keras.Input((5,)), LAYERS.Dense(3, activity_regularizer="l2")]
+    )
+    model = constant_lesam(net, 0.01)
+    model.compile("sgd")
+    history = model.fit(numbers(5).astype("float32"), epochs=2, verbose=0)
+    assert min(history.history["rho"]) > 0
+    assert history.history["loss"][1] < history.history["loss"][0]
+
+
+def test_outputs_that_depend_on_training():
+    """An auxiliary head that only training sees."""
+
+    class Auxiliary(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.main, self.aux = LAYERS.Dense(CLASSES), LAYERS.Dense(CLASSES)
+
+        def call(self, x, training=False):
+            main, aux = self.main(x), self.aux(x)
+            return (main, aux) if training else main
+
+        def compute_loss(
+            self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+        ):
+            heads = y_pred if training else (y_pred,)
+            return sum(crossentropy()(y, head) for head in heads)
+
+    model = constant_lesam(Auxiliary())
+    history = train(model, numbers(5).astype("float32"), labels())
+    assert min(history["rho"]) > 0
