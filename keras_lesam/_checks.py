@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 
 
 def number(name, value, minimum=-math.inf, maximum=math.inf, *, above=False):
@@ -25,7 +26,9 @@ def number(name, value, minimum=-math.inf, maximum=math.inf, *, above=False):
             f"of type {type(value).__name__}"
         )
     too_low = value <= minimum if above else value < minimum
-    if not math.isfinite(value) or too_low or value > maximum:
+    # An int may be larger than any float; nan compares false.
+    finite = abs(value) <= sys.float_info.max
+    if not finite or too_low or value > maximum:
         raise ValueError(
             f"`{name}` must be {_interval(minimum, maximum, above)}. "
             f"Received: {name}={value!r}"

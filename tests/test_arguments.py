@@ -1,10 +1,12 @@
 """Bad arguments: refused by name, before anything happens."""
 
 import math
+import sys
 
 import keras
 import numpy as np
 import pytest
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,10 +14,17 @@ from hypothesis import strategies as st
 from keras_lesam import LESAMModel
 from tests.helpers import assert_same_weights
 from tests.helpers import classification_data
+from tests.helpers import constant_lesam
+from tests.helpers import crossentropy
 from tests.helpers import dense_net
+from tests.helpers import noisy_net
 from tests.helpers import train
 
-NOT_NUMBERS = ["0.1", True, np.True_, [0.1], 1j, b"1", object]
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+NOT_NUMBERS = [
+    *("0.1", b"1", "", True, False, np.True_, np.array(True)),
+    *([0.1], (0.1,), {}, np.array([0.1]), 1j, np.complex64(1), object, len),
+]
 NOT_FINITE = [math.nan, math.inf, -math.inf, np.float32("nan")]
 NUMBERS = {
     "sigma": [-0.1, -1, np.float64(-1e-9)],
@@ -39,6 +48,8 @@ BAD_VALUES = [
     ("curvature", 1),
     ("perturbation_scope", "worker"),
     ("perturbation_scope", True),
+    ("perturbation_scope", None),
+    ("curvature", ["none"]),
 ]
 BAD_TYPES = [(name, value) for name in NUMBERS for value in NOT_NUMBERS] + [
     ("sigma", None),
@@ -47,17 +58,26 @@ BAD_TYPES = [(name, value) for name in NUMBERS for value in NOT_NUMBERS] + [
     ("total_steps", 1.0),
     ("total_steps", "10"),
     ("total_steps", True),
+    ("total_steps", math.nan),
+    ("total_steps", [5]),
+    ("total_steps", SCHEDULE),
     ("num_batch_splits", 2.0),
     ("num_batch_splits", None),
     ("num_batch_splits", False),
+    ("num_batch_splits", np.True_),
+    ("num_batch_splits", 2j),
+    ("num_batch_splits", math.inf),
     ("adaptive", 1),
     ("adaptive", None),
     ("adaptive", "yes"),
+    ("adaptive", 0.0),
+    ("adaptive", [True]),
     ("perturb", "kernel"),
     ("perturb", True),
+    ("perturb", ["kernel"]),
+    ("sigma", keras.optimizers.schedules.ExponentialDecay),
     ("name", 3),
 ]
-SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +104,8 @@ def test_the_message_says_what_was_received(net):
 
 @pytest.mark.parametrize("shares", [(0.6, 0.5), (1.0, 0.001)])
 def test_shares_of_more_than_the_whole(net, shares):
-    with pytest.raises(ValueError, match="together they must be at most 1"):
+    message = r"at most 1\. Received: warmup={}, anneal={}$".format(*shares)
+    with pytest.raises(ValueError, match=message):
         LESAMModel(net, warmup=shares[0], anneal=shares[1])
 
 
@@ -97,7 +118,8 @@ def test_shares_of_just_the_whole(net, shares):
 @pytest.mark.parametrize("name", ["warmup", "anneal"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.2])
 def test_a_schedule_leaves_no_shares(net, name, value):
-    with pytest.raises(ValueError, match="`sigma` is a schedule"):
+    message = f"`sigma` is a schedule.*Received:.*{name}={value}"
+    with pytest.raises(ValueError, match=message):
         LESAMModel(net, SCHEDULE, **{name: value})
     assert LESAMModel(net, SCHEDULE).warmup == 0.0
 
@@ -111,30 +133,46 @@ def test_a_schedule_leaves_no_shares(net, name, value):
     ],
 )
 def test_what_is_still_to_come_says_so(net, name, value):
-    with pytest.raises(NotImplementedError, match=f"Received: {name}="):
+    message = rf"^Only {name}='.*' is implemented yet\. Received: {name}='"
+    with pytest.raises(NotImplementedError, match=message + value):
         LESAMModel(net, **{name: value})
 
 
-@pytest.mark.parametrize(
-    "model", [None, "model", keras.layers.Dense(3), len, keras.Model, 3.0]
-)
+NOT_MODELS = [
+    *(None, "model", 3.0, len, keras.Model, keras.layers.Dense(3)),
+    *(keras.Input((6,)), keras.optimizers.SGD(), [keras.layers.Dense(3)]),
+]
+
+
+@pytest.mark.parametrize("model", NOT_MODELS, ids=lambda m: type(m).__name__)
 def test_not_a_model(model):
     with pytest.raises(TypeError, match=r"must be a keras\.Model.*Received"):
         LESAMModel(model)
 
 
-def test_a_wrapped_model_is_not_wrapped_again(net):
-    with pytest.raises(ValueError, match=r"wrap its `\.model`"):
-        LESAMModel(LESAMModel(net))
+def test_a_wrapped_model_is_not_wrapped_again():
+    class Subclass(LESAMModel):
+        pass
+
+    for cls in (LESAMModel, Subclass):
+        model = cls(dense_net())
+        with pytest.raises(ValueError, match=r"wrap its `\.model`.*Received"):
+            LESAMModel(model)
+        assert LESAMModel(model.model).model is model.model
 
 
-def test_a_choice_of_no_weights_is_refused_before_training():
-    x, y = classification_data()
-    net, same = dense_net(), dense_net()
-    model = LESAMModel(net, perturb=lambda variable: False)
-    with pytest.raises(ValueError, match="`perturb` selects none"):
-        train(model, x, y)
-    assert_same_weights(net, same)
+@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_batch_splits": 2}, {"ascent_fraction": 0.5}], ids=str
+)
+def test_a_choice_of_no_weights_is_refused_before_training(options, mode):
+    x, y = classification_data(rows=32, shape=(8, 8, 1))
+    net, same = noisy_net(), noisy_net()
+    model = LESAMModel(net, perturb=lambda variable: False, **options)
+    with pytest.raises(ValueError, match=r"`perturb` selects none.*kernel"):
+        train(model, x, y, **mode)
+    for a, b in zip(net.variables, same.variables):
+        np.testing.assert_array_equal(a, b, err_msg=a.path)
     assert int(model.optimizer.iterations) == 0
 
 
@@ -170,6 +208,18 @@ def test_arguments_assigned_later(net):
     assert scheduled.sigma is SCHEDULE
 
 
+def test_a_refused_value_is_not_used():
+    x, y = classification_data(rows=32)
+    model = constant_lesam(dense_net(), 0.1, 0.02)
+    model.compile("sgd", crossentropy())
+    for name, value in (("sigma", -1.0), ("rho_max", 0.0), ("rho_max", "1")):
+        with pytest.raises((ValueError, TypeError), match=f"{name}={value!r}"):
+            setattr(model, name, value)
+    logs = model.train_on_batch(x, y, return_dict=True)
+    found = [logs["sigma"], logs["rho"]]
+    np.testing.assert_allclose(found, [0.1, 0.02], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "number", [np.float32(0.25), np.float64(0.25), np.array(0.25), 0.25]
 )
@@ -191,9 +241,12 @@ def test_a_refused_model_is_as_it_was():
     for bad in ({"sigma": -1}, {"alpha": 7}, {"curvature": "hvp"}):
         with pytest.raises((ValueError, NotImplementedError)):
             LESAMModel(net, **bad)
-    assert_same_weights(net, same)
-    train(net, x, y)
-    train(LESAMModel(net), x, y)
+    assert not net.compiled
+    assert net.trainable
+    for wrap in (lambda model: model, LESAMModel):
+        expected = train(wrap(same), x, y)
+        assert train(wrap(net), x, y) == expected
+        assert_same_weights(net, same)
 
 
 NET = []
@@ -202,8 +255,9 @@ NET = []
 @settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(NUMBERS)),
-    value=st.floats() | st.integers(-3, 3),
+    value=st.floats() | st.floats(0, 1) | st.integers(),
 )
+@example(name="rho_max", value=10**400)
 def test_any_number_is_taken_or_refused(name, value):
     """In range: it is kept. Out of range: an error that names it."""
     NET[:] = NET or [dense_net()]
@@ -211,11 +265,24 @@ def test_any_number_is_taken_or_refused(name, value):
         "sigma": (0, math.inf),
         "rho_max": (0, math.inf),
     }.get(name, (0, 1))
-    good = math.isfinite(value) and low <= value <= high
+    good = low <= value <= high and value <= sys.float_info.max
     good &= value > 0 or name not in ("rho_max", "ascent_fraction")
     arguments = {"warmup": 0.0, "anneal": 0.0, name: value}
     if good:
         assert getattr(LESAMModel(NET[0], **arguments), name) == value
     else:
         with pytest.raises(ValueError, match=f"Received: {name}="):
+            LESAMModel(NET[0], **arguments)
+
+
+@settings(max_examples=50, deadline=None)
+@given(warmup=st.floats(0, 1), anneal=st.floats(0, 1))
+def test_any_two_shares_are_taken_or_refused(warmup, anneal):
+    NET[:] = NET or [dense_net()]
+    arguments = {"warmup": warmup, "anneal": anneal}
+    if warmup + anneal <= 1:
+        model = LESAMModel(NET[0], **arguments)
+        assert (model.warmup, model.anneal) == (warmup, anneal)
+    elif warmup + anneal > 1 + 1e-6:
+        with pytest.raises(ValueError, match=r"Received: warmup=.*, anneal="):
             LESAMModel(NET[0], **arguments)

@@ -13,6 +13,7 @@ from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
 from tests.helpers import dense_net
+from tests.helpers import traces
 
 ROWS, BATCH, STEPS = 60, 16, 4  # the last batch has 12 rows
 SIGMA, WARMUP, ANNEAL = 0.1, 0.3, 0.4
@@ -27,16 +28,23 @@ def closed_form(step, total, warmup=WARMUP, anneal=ANNEAL):
 
 
 class Steps(keras.callbacks.Callback):
-    """The sigma of each step, from the running means of each epoch."""
+    """The sigma of each step, from the running means of each epoch.
+
+    And the iterations that the optimizer had counted before each.
+    """
 
     def __init__(self):
         super().__init__()
-        self.sigma = []
+        self.sigma, self.before = [], []
 
     def on_epoch_begin(self, epoch, logs=None):
         self._steps, self._sum = 0, 0.0
 
+    def on_train_batch_begin(self, batch, logs=None):
+        self._before = int(self.model.optimizer.iterations)
+
     def on_train_batch_end(self, batch, logs=None):
+        self.before.append(self._before)
         self._steps += 1
         total = logs["sigma"] * self._steps
         self.sigma.append(total - self._sum)
@@ -123,16 +131,32 @@ def test_steps_without_validation_rows():
     assert_follows(sigma, 16)
 
 
-def test_means_of_epochs_with_several_steps_per_execution():
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_means_of_epochs_with_several_steps_per_execution(steps):
+    """Of the 5 steps of an epoch, whether or not they divide."""
     model = compiled()
-    model.compile("sgd", crossentropy(), steps_per_execution=2)
-    history = model.fit(*arrays(), batch_size=BATCH, epochs=5, verbose=0)
+    model.compile("sgd", crossentropy(), steps_per_execution=steps)
+    history = model.fit(*arrays(), batch_size=12, epochs=4, verbose=0)
     expected = [closed_form(step, 20) for step in range(20)]
     np.testing.assert_allclose(
         history.history["sigma"],
-        np.reshape(expected, (5, 4)).mean(axis=1),
+        np.reshape(expected, (4, 5)).mean(axis=1),
         atol=1e-7,
     )
+
+
+def test_fewer_steps_than_the_data_has():
+    sigma = fit(
+        compiled(), *arrays(), batch_size=BATCH, steps_per_epoch=2, epochs=5
+    )
+    assert len(sigma) == 5 * 2
+    assert_follows(sigma, 10)
+
+
+def test_steps_run_eagerly():
+    model = compiled()
+    model.compile("sgd", crossentropy(), run_eagerly=True)
+    assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=3), 12)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +196,22 @@ def test_a_training_that_stopped_early_is_over():
     assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=4), 16)
 
 
+def test_a_training_that_failed_is_over():
+    model = compiled()
+
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            *arrays(), batch_size=BATCH, epochs=9, callbacks=Fail(), verbose=0
+        )
+    with pytest.raises(ValueError, match="Pass `total_steps`"):
+        model.train_on_batch(*arrays())
+    assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=4), 16)
+
+
 def test_total_steps_over_several_fits():
     model = compiled(total_steps=5 * STEPS)
     sigma = [
@@ -183,6 +223,25 @@ def test_total_steps_over_several_fits():
     assert sigma[-STEPS:] == [0.0] * STEPS
 
 
+def test_total_steps_of_data_of_unknown_length():
+    """Keras counts the attempt that finds the end of the data, too."""
+    model = compiled(total_steps=3 * STEPS)
+    steps = Steps()
+    for _ in range(2):
+        model.fit(unknown(), epochs=2, callbacks=[steps], verbose=0)
+    assert len(steps.sigma) == 4 * STEPS
+    expected = [closed_form(step, 3 * STEPS) for step in steps.before]
+    np.testing.assert_allclose(steps.sigma, expected, atol=1e-7)
+
+
+def test_total_steps_of_fit_and_train_on_batch():
+    model = compiled(total_steps=10)
+    sigma = fit(model, *arrays(), batch_size=BATCH, epochs=2)
+    model.reset_metrics()
+    logs = model.train_on_batch(*arrays(), return_dict=True)
+    assert_follows([*sigma, float(logs["sigma"])], 10)
+
+
 def test_total_steps_of_train_on_batch():
     model = compiled(total_steps=6)
     x, y = arrays()
@@ -192,6 +251,7 @@ def test_total_steps_of_train_on_batch():
         logs = model.train_on_batch(x, y, return_dict=True)
         sigma.append(float(logs["sigma"]))
     assert_follows(sigma, 6)
+    assert sigma[6:] == [0.0, 0.0]
 
 
 UNKNOWN_LENGTH = {
@@ -208,12 +268,13 @@ def test_an_unknown_length_is_refused_before_training(kind):
         model.fit(UNKNOWN_LENGTH[kind](), epochs=2, verbose=0)
     assert_same_weights(model.model, dense_net())
     assert int(model.optimizer.iterations) == 0
+    with pytest.raises(ValueError, match="Pass `total_steps`"):
+        model.train_step(arrays())
     # Nothing is lost: it trains when told.
     assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=2), 8)
 
 
 def test_an_unknown_length_that_does_not_matter():
-    assert fit(compiled(total_steps=8), unknown(), epochs=2)
     model = compiled(warmup=0.0, anneal=0.0)
     np.testing.assert_allclose(fit(model, unknown()), [SIGMA] * STEPS)
     assert fit(compiled(sigma=0.0), unknown()) == [0.0] * STEPS
@@ -251,6 +312,17 @@ def test_a_schedule_is_given_the_iterations():
     np.testing.assert_allclose(sigma, [0.06, 0.07, 0.08, 0.09], atol=1e-6)
 
 
+def test_a_schedule_needs_no_length():
+    model = LESAMModel(dense_net(), Step())
+    model.compile("sgd", crossentropy())
+    sigma = fit(model, unknown())
+    np.testing.assert_allclose(sigma, [0.0, 0.0, 0.0, 0.01], atol=1e-6)
+    before = int(model.optimizer.iterations)
+    model.reset_metrics()
+    logs = model.train_on_batch(*arrays(), return_dict=True)
+    np.testing.assert_allclose(logs["sigma"], 0.01 * (before - 2), atol=1e-6)
+
+
 def test_skipped_steps_do_not_delay_the_next_epoch():
     """In float16 a step may not count as an iteration."""
     keras.config.set_dtype_policy("mixed_float16")
@@ -267,6 +339,9 @@ def test_skipped_steps_do_not_delay_the_next_epoch():
         first = sigma[epoch * STEPS]
         expected = closed_form(epoch * STEPS, 5 * STEPS)
         np.testing.assert_allclose(first, expected, atol=1e-7)
+
+
+BUILDING = 1  # a pass that is traced to create variables, and never run
 
 
 class Traced(keras.layers.Layer):
@@ -292,6 +367,7 @@ def test_nothing_that_changes_retraces():
     data = {"batch_size": 30, "verbose": 0}
     model.fit(*arrays(), **data)
     first = Traced.passes
+    assert first == BUILDING + 2
     for sigma, rho_max, epochs in ((0.2, 0.3, 2), (0.05, None, 3), (1, 1, 1)):
         model.sigma, model.rho_max = sigma, rho_max
         model.fit(*arrays(), epochs=epochs, **data)
@@ -323,12 +399,30 @@ def test_a_new_budget_counts_from_the_next_step():
     np.testing.assert_allclose(steps.sigma, [0.1, 0.2, 0.0, 0.3], atol=1e-7)
 
 
+def test_a_new_budget_within_an_epoch_does_not_retrace():
+    class Switch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.sigma = [0.2, 0.0, 0.3, 0.0, 0.1, 0.2][batch]
+            self.model.rho_max = [0.1, 0.2, None, 0.3, None, 1.0][batch]
+
+    model = LESAMModel(traced_net(), SIGMA)
+    model.compile("sgd", crossentropy())
+    fit = {"batch_size": 10, "callbacks": [Switch()], "verbose": 0}
+    model.fit(*arrays(), **fit)
+    # Two passes, and one of the step without a budget.
+    assert Traced.passes == BUILDING + 2 + 1
+    model.fit(*arrays(), epochs=2, **fit)
+    assert Traced.passes == BUILDING + 2 + 1
+
+
 def test_as_few_traces_as_plain_keras():
     """With a last batch of other size; each trace has two passes."""
-    passes = []
+    passes, steps = [], []
     for wrap in (lambda net: net, constant_lesam):
         model = wrap(traced_net())
         model.compile("sgd", crossentropy())
+        steps.append(traces(model))
         model.fit(*arrays(), batch_size=BATCH, epochs=3, verbose=0)
         passes.append(Traced.passes)
-    assert passes[1] == 2 * passes[0]
+    assert len(steps[1]) == len(steps[0]) > 0
+    assert passes[1] == BUILDING + 2 * passes[0]

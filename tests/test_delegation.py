@@ -95,7 +95,33 @@ class MetricInCall(keras.Model):
         return self.dense(x)
 
 
-def metric_in_call(cls):
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    """A loss with a term for training only, and a metric beside it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+        self.penalty = keras.layers.ActivityRegularization(l2=0.01)
+        self.confidence = keras.metrics.Mean(name="confidence")
+
+    def call(self, x):
+        return self.penalty(self.dense(x))
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        extra = 0.1 * keras.ops.mean(keras.ops.square(y_pred))
+        return loss + extra if training else loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        results = super().compute_metrics(x, y, y_pred, sample_weight)
+        self.confidence.update_state(keras.ops.max(y_pred, axis=-1))
+        return {**results, "confidence": self.confidence.result()}
+
+
+def subclassed(cls):
     keras.utils.set_random_seed(0)
     net = cls()
     net(np.zeros((1, 6)))
@@ -107,7 +133,8 @@ MODELS = {
     "old signature": (OldSignature, functional),
     "own tracker": (OwnTracker, functional),
     "own metrics": (OwnMetrics, functional),
-    "metric in call": (MetricInCall, metric_in_call),
+    "subclassed": (Subclassed, subclassed),
+    "metric in call": (MetricInCall, subclassed),
 }
 
 
@@ -121,8 +148,49 @@ def test_without_budget_as_in_plain_fit(name):
     found = train(LESAMModel(net, sigma=0.0), x, y, **arguments)
     assert_same_weights(net, plain)
     assert set(found) == set(expected) | OURS
+    assert {key: found[key] for key in expected} == expected
+
+
+class OwnLossOfTwo(keras.Model):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        return loss + 0.1 * keras.ops.mean(keras.ops.square(y_pred["a"]))
+
+
+def two_outputs(cls):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    outputs = {name: keras.layers.Dense(4, name=name)(inputs) for name in "ab"}
+    return cls(inputs, outputs)
+
+
+@pytest.mark.parametrize("cls", [OwnLossOfTwo, keras.Model])
+def test_losses_of_each_output(cls):
+    x, y = classification_data()
+    y = {"a": y, "b": (y + 1) % 4}
+    plain, net = two_outputs(cls), two_outputs(cls)
+    arguments = {
+        "loss": {"a": crossentropy(), "b": crossentropy()},
+        "loss_weights": {"a": 1.0, "b": 0.5},
+        "metrics": {"b": ["accuracy"]},
+    }
+    model = LESAMModel(net, sigma=0.0)
+    expected = train(plain, x, y, **arguments)
+    found = train(model, x, y, **arguments)
+    assert set(expected) == {"loss", "a_loss", "b_loss", "b_accuracy"}
+    assert {key: found[key] for key in expected} == expected
+    assert_same_weights(net, plain)
+    scores = [m.evaluate(x, y, verbose=0) for m in (model, plain)]
+    assert scores[0] == scores[1]
+    # With a budget they are still those at the weights, not at w + eps.
+    plain, net = two_outputs(cls), two_outputs(cls)
+    once = {"epochs": 1, "batch_size": len(x), **arguments}
+    expected = train(plain, x, y, **once)
+    found = train(constant_lesam(net), x, y, **once)
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, rtol=1e-6, err_msg=key)
+    with pytest.raises(AssertionError):
+        assert_same_weights(net, plain)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -139,19 +207,60 @@ def test_metrics_are_updated_once_a_step(name, parts):
     assert "accuracy" in history
 
 
+@pytest.mark.parametrize("options", [{}, {"ascent_fraction": 0.5}], ids=str)
+def test_a_tracker_in_the_loss_is_updated_once_a_step(options):
+    x, y = classification_data(rows=96)
+    net = functional(OwnTracker)
+    train(constant_lesam(net, **options), x, y)
+    assert float(net.loss_tracker.count) == 3
+
+
 def smooth(y, y_pred, sample_weight=None):
     """The reference's words for the loss of `SmoothLoss`."""
     loss = crossentropy()(y, y_pred, sample_weight)
     return loss + 0.1 * keras.ops.mean(keras.ops.square(y_pred))
 
 
-@pytest.mark.parametrize("cls", [SmoothLoss, OldSignature])
-def test_own_loss_is_the_one_that_is_climbed(cls, float64):
+def squares(y, y_pred, sample_weight=None):
+    """And for the loss of `OwnTracker`."""
+    one_hot = keras.ops.one_hot(y, 4)
+    return keras.ops.mean(keras.ops.square(y_pred - one_hot))
+
+
+@pytest.mark.parametrize(
+    ("cls", "build", "loss"),
+    [
+        (SmoothLoss, functional, smooth),
+        (OldSignature, functional, smooth),
+        (OwnTracker, functional, squares),
+        (Subclassed, subclassed, smooth),
+    ],
+)
+def test_own_loss_is_the_one_that_is_climbed(cls, build, loss, float64):
     x, y = classification_data()
-    net, twin = functional(cls), functional(cls)
+    net, twin = build(cls), build(cls)
+    steps = reference.fit(twin, loss, x, y, sigma=0.1)
+    history = train(constant_lesam(net, 0.1), x, y, epochs=2, shuffle=False)
+    assert_close_weights(net, twin, rtol=1e-6, atol=1e-7)
+    rho, slope, value, rise = np.reshape(steps, (2, 3, 4)).mean(axis=1).T
+    np.testing.assert_allclose(history["rho"], rho, rtol=1e-6)
+    np.testing.assert_allclose(history["gradient_norm"], slope, rtol=1e-6)
+    np.testing.assert_allclose(history["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(history["sharpness"], rise, rtol=1e-5)
+
+
+def test_own_loss_of_an_instance(float64):
+    """Assigned to the model and not to its class."""
+    x, y = classification_data()
+    net, twin = functional(keras.Model), functional(keras.Model)
+
+    def compute_loss(x, y, y_pred, sample_weight, training=True):
+        return smooth(y, y_pred) + sum(net.losses)
+
+    net.compute_loss = compute_loss
     reference.fit(twin, smooth, x, y, sigma=0.1)
     train(constant_lesam(net, 0.1), x, y, epochs=2, shuffle=False)
-    assert_close_weights(net, twin, rtol=1e-5, atol=1e-7)
+    assert_close_weights(net, twin, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -167,15 +276,38 @@ def test_evaluate_as_plain_keras(name):
     plain.set_weights(net.get_weights())
     plain.compile("sgd", crossentropy(), **arguments)
     expected = plain.evaluate(x, y, verbose=0, return_dict=True)
-    assert set(found) == set(expected)
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-6, err_msg=key)
+    assert found == expected
 
 
-@pytest.mark.parametrize("cls", [SmoothLoss, OwnMetrics])
-def test_saved_and_loaded(cls, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_validation_in_fit_as_plain_keras(name):
+    cls, build = MODELS[name]
     x, y = classification_data()
-    model = constant_lesam(functional(cls))
+    arguments = {} if cls is OwnTracker else {"metrics": ["accuracy"]}
+    found, expected = {}, {}
+    for wrap, history in (
+        (lambda net: LESAMModel(net, sigma=0.0), found),
+        (lambda net: net, expected),
+    ):
+        model = wrap(build(cls))
+        model.compile("sgd", crossentropy(), **arguments)
+        fit = {"validation_data": (x, y), "shuffle": False, "verbose": 0}
+        history.update(model.fit(x, y, epochs=2, **fit).history)
+    assert set(found) == set(expected) | OURS
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("cls", "build"),
+    [
+        (SmoothLoss, functional),
+        (OwnMetrics, functional),
+        (Subclassed, subclassed),
+    ],
+)
+def test_saved_and_loaded(cls, build, tmp_path):
+    x, y = classification_data()
+    model = constant_lesam(build(cls))
     train(model, x, y, optimizer=keras.optimizers.Adam(), metrics=["accuracy"])
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

@@ -1,9 +1,12 @@
 """What is logged, where, and that it is what happened."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
 
+from keras_lesam._statistics import StepStatistics
 from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
@@ -107,10 +110,7 @@ def test_evaluate_is_that_of_plain_keras():
     plain.compile("sgd", crossentropy(), metrics=["accuracy"])
     found = model.evaluate(x, y, verbose=0, return_dict=True)
     assert found == plain.evaluate(x, y, verbose=0, return_dict=True)
-    assert list(found) == ["loss", "accuracy"] or set(found) == {
-        "loss",
-        "accuracy",
-    }
+    assert set(found) == {"loss", "accuracy"}
     assert model.evaluate(x, y, verbose=0) == plain.evaluate(x, y, verbose=0)
     for return_dict in (False, True):
         assert model.test_on_batch(
@@ -134,10 +134,61 @@ def test_evaluate_between_fits_does_not_hide_the_logs():
 def test_train_on_batch():
     x, y = classification_data()
     model, _, _ = fitted()
+    weights = model.get_weights()
+    model.reset_metrics()
     values = model.train_on_batch(x, y)
-    assert len(values) == 6
+    model.set_weights(weights)
+    model.reset_metrics()
     logs = model.train_on_batch(x, y, return_dict=True)
     assert set(logs) == OURS | {"loss", "accuracy"}
+    # Those of Keras in Keras's places, ours by name after them.
+    names = ["loss", "accuracy", *sorted(OURS)]
+    np.testing.assert_array_equal(values, [logs[name] for name in names])
+
+
+def test_metrics_names():
+    model, _, _ = fitted()
+    plain = dense_net()
+    train(plain, *classification_data(), metrics=["accuracy"])
+    assert model.metrics_names == [*plain.metrics_names, "step_statistics"]
+
+
+def test_last_batch_and_epoch_log_the_same():
+    _, logs, history = fitted()
+    for epoch, batch in enumerate(logs.batches[2::3]):
+        for name in OURS:
+            assert history[name][epoch] == batch[name]
+            assert logs.epochs[epoch][name] == batch[name]
+
+
+def test_a_step_that_is_no_number_is_left_out_of_the_means():
+    """The last of three; what is 0 for it (no climb) does count."""
+    x, y = classification_data()
+    x[-1] = np.nan
+    model = constant_lesam(dense_net(), 0.1)
+    model.compile("sgd", crossentropy())
+    logs = Logs()
+    history = model.fit(
+        x, y, batch_size=32, shuffle=False, callbacks=[logs], verbose=0
+    ).history
+    before = logs.batches[1]
+    assert np.isnan(history["loss"]).all()
+    assert history["gradient_norm"] == [before["gradient_norm"]]
+    for name in ("rho", "sharpness"):
+        expected = [before[name] * 2 / 3]
+        np.testing.assert_allclose(history[name], expected, rtol=1e-6)
+    np.testing.assert_allclose(history["sigma"], [0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_each_number_is_left_out_on_its_own(bad):
+    statistics = StepStatistics(["a", "b"])
+    for a, b in ((1.0, 2.0), (bad, 4.0), (3.0, bad)):
+        statistics.update_state({"b": b, "a": a})
+    found = {name: float(v) for name, v in statistics.result().items()}
+    assert found == {"a": 2.0, "b": 3.0}
+    statistics.reset_state()
+    assert all(np.isnan(float(v)) for v in statistics.result().values())
 
 
 def test_no_budget_logs_no_gradient_norm():
