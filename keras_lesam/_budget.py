@@ -9,8 +9,8 @@ from keras_lesam import _rule
 class Budget:
     """The loss budget `sigma` of each step, with its warm-up and annealing.
 
-    Steps are counted by `optimizer.iterations`, as learning-rate schedules
-    count them. All that changes between steps or fits is in variables: none
+    Steps are counted by `optimizer.iterations`: updates, where gradients
+    are accumulated. All that changes between steps or fits is in variables: none
     of it retraces the training step. None of it needs saving either: `fit`
     says anew at each epoch where in the training it is.
 
@@ -58,10 +58,10 @@ class Budget:
         """False where `fit` has to say how long the training is."""
         return self.total_steps is not None or not (self.warmup or self.anneal)
 
-    def begin_epoch(self, epoch, steps_per_epoch, epochs, iterations):
-        """Places the training at the start of an epoch (host side)."""
-        self._start.assign(iterations - epoch * steps_per_epoch)
-        self._total.assign(epochs * steps_per_epoch)
+    def begin_epoch(self, done, total, iterations):
+        """Places the training: `done` of `total` steps at an epoch's start."""
+        self._start.assign(iterations - done)
+        self._total.assign(total)
 
     def __call__(self, iterations):
         """The budget of the step that `iterations` steps came before.
@@ -122,12 +122,14 @@ class _LengthTeller(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self.params.get("steps") is None:
             return
-        iterations = int(
-            keras.ops.convert_to_numpy(self.model.optimizer.iterations)
-        )
-        self._budget.begin_epoch(
-            epoch, self.params["steps"], self.params["epochs"], iterations
-        )
+        optimizer = self.model.optimizer
+        iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        # Those are updates; with gradient accumulation one of several batches.
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        batches = optimizer.gradient_accumulation_steps or 1
+        done = epoch * self.params["steps"] // batches
+        total = max(1, self.params["epochs"] * self.params["steps"] // batches)
+        self._budget.begin_epoch(done, total, iterations)
 
 
 def scalar_variable(value, dtype, name):

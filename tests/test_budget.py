@@ -159,6 +159,31 @@ def test_steps_run_eagerly():
     assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=3), 12)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_shares_of_accumulated_updates(scaled):
+    """Of 20 batches 10 updates: both batches of one have its budget."""
+    model = compiled()
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, crossentropy())
+    for epochs in (5, 3):
+        sigma = fit(model, *arrays(), batch_size=BATCH, epochs=epochs)
+        assert len(sigma) == epochs * STEPS
+        assert_follows(sigma[::2], epochs * STEPS // 2)
+        np.testing.assert_allclose(sigma[1::2], sigma[::2], atol=1e-7)
+
+
+def test_accumulation_across_epochs():
+    """5 batches an epoch, 2 an update."""
+    model = compiled()
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    model.compile(optimizer, crossentropy())
+    sigma = fit(model, *arrays(), batch_size=12, epochs=4)
+    assert_follows(sigma[::2], 10)
+    np.testing.assert_allclose(sigma[1::2], sigma[::2], atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("warmup", "anneal"), [(0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.5)]
 )
