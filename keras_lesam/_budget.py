@@ -9,8 +9,8 @@ from keras_lesam import _rule
 class Budget:
     """The loss budget `sigma` of each step, with its warm-up and annealing.
 
-    Steps are counted by `optimizer.iterations`: updates, where gradients
-    are accumulated. All that changes between steps or fits is in variables: none
+    Steps are counted by `optimizer.iterations`: updates, where gradients are
+    accumulated. All that changes between steps or fits is in variables: none
     of it retraces the training step. None of it needs saving either: `fit`
     says anew at each epoch where in the training it is.
 
