@@ -29,6 +29,7 @@ class Budget:
         self.anneal = anneal
         self.total_steps = total_steps
         self.dtype = dtype
+        self.knows_steps = False
         self.schedule = None
         if isinstance(sigma, keras.optimizers.schedules.LearningRateSchedule):
             self.schedule = sigma
@@ -57,6 +58,18 @@ class Budget:
     def has_length(self):
         """False where `fit` has to say how long the training is."""
         return self.total_steps is not None or not (self.warmup or self.anneal)
+
+    def require_steps(self):
+        """Raises `ValueError` if `fit` does not know the steps of an epoch."""
+        if not self.knows_steps:
+            raise ValueError(
+                "The budget's warm-up and annealing are shares of the whole "
+                "training, and the number of steps in an epoch of this data "
+                "is not known. Pass `steps_per_epoch` to `fit`, or "
+                "`total_steps` to the model, or set warmup=0 and anneal=0. "
+                f"Received: warmup={self.warmup}, anneal={self.anneal}, "
+                "total_steps=None"
+            )
 
     def begin_epoch(self, done, total, iterations):
         """Places the training: `done` of `total` steps at an epoch's start."""
@@ -109,15 +122,9 @@ class _LengthTeller(keras.callbacks.Callback):
         self._budget = budget
 
     def on_train_begin(self, logs=None):
-        if self.params.get("steps") is None and not self._budget.is_zero:
-            raise ValueError(
-                "The budget's warm-up and annealing are shares of the whole "
-                "training, and the number of steps in an epoch of this data "
-                "is not known. Pass `steps_per_epoch` to `fit`, or "
-                "`total_steps` to the model, or set warmup=0 and anneal=0. "
-                f"Received: warmup={self._budget.warmup}, "
-                f"anneal={self._budget.anneal}, total_steps=None"
-            )
+        self._budget.knows_steps = self.params.get("steps") is not None
+        if not self._budget.is_zero:
+            self._budget.require_steps()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.params.get("steps") is None:

@@ -21,6 +21,11 @@ _REFUSED = (
     "test_on_batch",
     "make_train_function",
     "make_test_function",
+    # They would be passed by: the wrapper does these by itself.
+    "compile",
+    "predict",
+    "predict_on_batch",
+    "make_predict_function",
 )
 _DELEGATED = ("compute_loss", "compute_metrics")
 

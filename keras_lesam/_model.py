@@ -489,7 +489,10 @@ class LESAMModel(keras.Model):
                 "a schedule make a new LESAMModel around `.model`. "
                 f"Received: sigma={value!r}"
             )
-        self._budget.sigma = _checks.number("sigma", value, 0)
+        value = _checks.number("sigma", value, 0)
+        if value and self._fitting:
+            self._budget.require_steps()
+        self._budget.sigma = value
         if self.train_function is not None:
             self.make_train_function()
 

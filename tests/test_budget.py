@@ -451,3 +451,18 @@ def test_as_few_traces_as_plain_keras():
         passes.append(Traced.passes)
     assert len(steps[1]) == len(steps[0]) > 0
     assert passes[1] == BUILDING + 2 * passes[0]
+
+
+def test_a_budget_that_comes_too_late_for_an_unknown_length():
+    """Not 0 without a word for the rest of the training."""
+
+    class Switch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.sigma = 0.1 * epoch
+
+    model = compiled(sigma=0.0)
+    with pytest.raises(ValueError, match="steps in an epoch"):
+        model.fit(unknown(), epochs=2, callbacks=[Switch()], verbose=0)
+    assert model.sigma == 0.0
+    model.sigma = 0.1
+    assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=2), 8)

@@ -350,6 +350,7 @@ REFUSED = (
     *("train_step", "test_step", "fit", "evaluate"),
     *("train_on_batch", "test_on_batch"),
     *("make_train_function", "make_test_function"),
+    *("compile", "predict", "predict_on_batch", "make_predict_function"),
 )
 
 
