@@ -9,7 +9,9 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _curvature
 from keras_lesam import _delegation
+from keras_lesam import _hessian
 from keras_lesam import _passes
 from keras_lesam import _rule
 from keras_lesam import _step
@@ -93,8 +95,17 @@ class LESAMModel(keras.Model):
             each `fit` is about to do: steps of an epoch times `epochs`. If
             you call `fit` in a loop, pass it: each call would warm up and
             anneal anew.
-        curvature: `"none"`, the paper's first order. Others are not
-            implemented yet.
+        curvature: How `k`, the curvature along the climb, is taken into
+            account, for a budget met to second order: `"none"`, the paper's
+            first order; `"hvp"`, exactly, by a Hessian-vector product of each
+            batch; `"secant"`, at no extra pass, by a running mean of what the
+            steps before have shown (`ascent_fraction` must be 1).
+        hvp_method: How `"hvp"` differentiates twice:
+            `"reverse_over_reverse"`, which `"auto"` is, goes everywhere and
+            makes no forward pass of its own; `"forward_over_reverse"`;
+            `"forward_over_forward"`, the fastest under XLA, but slow to
+            compile. Forward mode has no rule for the loops of recurrent
+            layers.
         adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
         alpha: Float in [0, 1], the share of the plain gradient left out of
             the update. 0 is the paper's default.
@@ -139,6 +150,7 @@ class LESAMModel(keras.Model):
         anneal=None,
         total_steps=None,
         curvature="none",
+        hvp_method="auto",
         adaptive=False,
         alpha=0.0,
         num_batch_splits=1,
@@ -158,8 +170,10 @@ class LESAMModel(keras.Model):
             sigma = _checks.number("sigma", sigma, 0)
         if total_steps is not None:
             total_steps = _checks.integer("total_steps", total_steps, 1)
-        _refuse_unfinished(curvature, perturbation_scope)
-        self._curvature = curvature
+        _refuse_unfinished(perturbation_scope)
+        self._curvature, self._hvp_method = _check_curvature(
+            curvature, hvp_method, ascent_fraction
+        )
         self._perturbation_scope = perturbation_scope
         self._num_batch_splits = _checks.integer(
             "num_batch_splits", num_batch_splits, 1
@@ -186,6 +200,17 @@ class LESAMModel(keras.Model):
         if self._ascent_fraction < 1:
             names.remove("sharpness")
         self._statistics = StepStatistics(names)
+        if self._curvature == "secant":
+            # A weight of the model: saved, restored, and one for all replicas.
+            self._secant = self.add_weight(
+                shape=(2,),
+                initializer="zeros",
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                aggregation="mean",
+                name="secant",
+            )
         self._train_functions = {}
         self._built_for_training = False
         self._fitting = False
@@ -254,10 +279,13 @@ class LESAMModel(keras.Model):
             self,
             self._rule,
             self._perturbed_weights(),
+            self._curvature_source(),
             conditional=_workarounds.has_fast_conditionals(self),
         )
         found = step(problem, batch, sigma)
         _passes.commit(found.state)
+        if found.learnt is not None:
+            self._secant.assign(found.learnt)
         self._loss_metric().update_state(
             found.loss, sample_weight=_passes.count_rows(found.batch.x)
         )
@@ -287,6 +315,20 @@ class LESAMModel(keras.Model):
             )
         return moves
 
+    def _curvature_source(self):
+        """Of the climb of a step; reads what earlier steps have learnt."""
+        if self._curvature == "secant":
+            return _curvature.Secant(self._secant)
+        if self._curvature == "hvp":
+            return _curvature.Exact(self._exact_method())
+        return _curvature.FirstOrder()
+
+    def _exact_method(self):
+        if self._hvp_method != "auto":
+            return self._hvp_method
+        # It needs no forward pass of its own, and goes everywhere.
+        return _hessian.REVERSE_OVER_REVERSE
+
     def _loss_metric(self):
         return next(m for m in self.metrics if m.name == "loss")
 
@@ -297,7 +339,17 @@ class LESAMModel(keras.Model):
             raise ValueError(_NO_LENGTH)
         _workarounds.refuse_rematerialized_layers(self.model)
         _passes.build(self, batch)
+        if self._curvature == "hvp":
+            self._check_differentiable(batch)
         self._built_for_training = True
+
+    def _check_differentiable(self, batch):
+        operations = _hessian.operations(self, batch)
+        method = self._exact_method()
+        _hessian.refuse_loops(operations, method, "hvp_method")
+        _hessian.refuse_unknown_shapes(batch, method, "hvp_method")
+        if self.jit_compile:
+            _hessian.refuse_max_pooling(operations)
 
     # The model, as Keras sees it.
 
@@ -354,6 +406,9 @@ class LESAMModel(keras.Model):
         An inner model with `compute_loss` or `compute_metrics` of its own is
         compiled along, without an optimizer, so that they can call `super()`.
         """
+        if self._curvature == "hvp":
+            # What jit_compile="auto" goes by.
+            self.supports_jit = not _workarounds.has_max_pooling(self.model)
         super().compile(*args, **kwargs)
         self._built_for_training = False
         self._train_functions.clear()
@@ -439,6 +494,7 @@ class LESAMModel(keras.Model):
             "anneal": None if is_schedule else self.anneal,
             "total_steps": self.total_steps,
             "curvature": self.curvature,
+            "hvp_method": self.hvp_method,
             "adaptive": self.adaptive,
             "alpha": self.alpha,
             "num_batch_splits": self.num_batch_splits,
@@ -522,6 +578,10 @@ class LESAMModel(keras.Model):
         return self._curvature
 
     @property
+    def hvp_method(self):
+        return self._hvp_method
+
+    @property
     def adaptive(self):
         return self._rule.adaptive
 
@@ -602,16 +662,28 @@ def _check_name(name):
     return name
 
 
-def _refuse_unfinished(curvature, perturbation_scope):
+def _check_curvature(curvature, hvp_method, ascent_fraction):
     _checks.choice("curvature", curvature, ("none", "hvp", "secant"))
+    _checks.choice("hvp_method", hvp_method, ("auto", *_hessian.METHODS))
+    if hvp_method != "auto" and curvature != "hvp":
+        raise ValueError(
+            "`hvp_method` is for curvature='hvp'. "
+            f"Received: hvp_method={hvp_method!r}, curvature={curvature!r}"
+        )
+    if curvature == "secant" and ascent_fraction != 1:
+        raise ValueError(
+            "curvature='secant' learns from the rise of the loss, which is "
+            "not known where the two passes see different rows. Use 'none' or "
+            f"'hvp', or ascent_fraction=1. Received: curvature={curvature!r}, "
+            f"ascent_fraction={ascent_fraction!r}"
+        )
+    return curvature, hvp_method
+
+
+def _refuse_unfinished(perturbation_scope):
     _checks.choice(
         "perturbation_scope", perturbation_scope, ("replica", "global")
     )
-    if curvature != "none":
-        raise NotImplementedError(
-            "Only curvature='none' is implemented yet. "
-            f"Received: curvature={curvature!r}"
-        )
     if perturbation_scope != "replica":
         raise NotImplementedError(
             "Only perturbation_scope='replica' is implemented yet. "

@@ -60,24 +60,40 @@ def evaluate(model, weights, batch, state=()):
     Returns:
         A `Point`.
     """
-    mapping = [*zip(model.trainable_variables, weights), *state]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
-        with _RecordingScope(mapping) as scope:
-            outputs = model(batch.x, training=True)
-            loss = model.compute_loss(
-                x=batch.x,
-                y=batch.y,
-                y_pred=outputs,
-                sample_weight=batch.sample_weight,
-            )
-        scaled_loss = model.optimizer.scale_loss(loss)
+        scaled_loss, loss, outputs, updates = forward(
+            model, weights, batch, state
+        )
     return Point(
-        loss=loss * _replicas(loss.dtype),
+        loss=loss,
         outputs=outputs,
         gradients=tape.gradient(scaled_loss, weights),
-        state=scope.updates,
+        state=updates,
     )
+
+
+def forward(model, weights, batch, state=()):
+    """The forward pass alone; arguments are those of `evaluate`.
+
+    Returns:
+        `(scaled_loss, loss, outputs, state)`: what to differentiate, a scalar
+        tensor, `gradient_scale(optimizer)` times the loss; and loss, outputs
+        and state as in a `Point`.
+    """
+    mapping = [*zip(model.trainable_variables, weights), *state]
+    with _RecordingScope(mapping) as scope:
+        outputs = model(batch.x, training=True)
+        loss = model.compute_loss(
+            x=batch.x,
+            y=batch.y,
+            y_pred=outputs,
+            sample_weight=batch.sample_weight,
+        )
+    scaled_loss = loss
+    if model.optimizer is not None:
+        scaled_loss = model.optimizer.scale_loss(loss)
+    return scaled_loss, loss * _replicas(loss.dtype), outputs, scope.updates
 
 
 def build(model, batch):
@@ -91,7 +107,7 @@ def build(model, batch):
     else:
         trace = tf.function(lambda: _touch(model, batch), autograph=False)
         trace.get_concrete_function()
-    if not model.optimizer.built:
+    if model.optimizer is not None and not model.optimizer.built:
         with tf.init_scope():
             model.optimizer.build(model.trainable_variables)
 
@@ -130,7 +146,8 @@ def gradient_scale(optimizer):
     The loss scale of the optimizer (a Python float or a tensor), divided by
     the number of replicas, by which Keras divides the loss.
     """
-    return optimizer.scale_loss(1.0) / _replicas()
+    scale = 1.0 if optimizer is None else optimizer.scale_loss(1.0)
+    return scale / _replicas()
 
 
 def is_weight(variable):
@@ -157,6 +174,18 @@ def take_rows(batch, start, stop):
     return keras.tree.map_structure(
         lambda leaf: None if leaf is None else _slice_rows(leaf, start, stop),
         batch,
+    )
+
+
+def either(conditional, predicate, then, otherwise):
+    """`tf.cond`, or both and a choice between them."""
+    if conditional:
+        return tf.cond(predicate, then, otherwise)
+    return tf.nest.map_structure(
+        lambda a, b: None if a is None else tf.where(predicate, a, b),
+        then(),
+        otherwise(),
+        expand_composites=True,
     )
 
 

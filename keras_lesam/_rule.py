@@ -56,8 +56,8 @@ class LossEquated:
     adaptive: bool = False
     alpha: float = 0.0
 
-    def climb(self, gradients, weights, sigma, scale=1.0):
-        """`eps = rho T^2 g / ||T g||` with `g.d rho = sigma`.
+    def climb(self, gradients, weights, sigma, scale=1.0, curvature=None):
+        """`eps = rho d` with `d = T^2 g / ||T g||` and `rho` from `radius`.
 
         Args:
             gradients: List of dense tensors or `None`: gradients of `scale`
@@ -67,18 +67,31 @@ class LossEquated:
                 dtype of all scalars here.
             scale: What the loss was multiplied by before differentiation.
                 The direction does not depend on it; the slope does.
+            curvature: `k = d.(H d)` of the loss: a scalar tensor; or a
+                callable that gives it for `d`, a list like `gradients`; or
+                `None` for the first order.
 
         Returns:
             A `Climb`.
         """
         scaling = weights if self.adaptive else [None] * len(weights)
         norm = slope(gradients, scaling, sigma.dtype)
-        rho = radius(norm / scale, sigma, tf.cast(self.rho_max, sigma.dtype))
-        # Where rho is 0 the norm may be 0 or not finite: 0 / 1 instead.
-        factor = rho / tf.where(rho > 0, norm, tf.ones_like(norm))
+        rho_max = tf.cast(self.rho_max, sigma.dtype)
+        if not callable(curvature):
+            # Without d, which need not be in memory.
+            rho = radius(norm / scale, sigma, rho_max, curvature)
+            perturbation = _displacements(
+                gradients, scaling, rho / _or_one(norm, rho > 0)
+            )
+            return Climb(perturbation, rho, norm / scale)
+        direction = _displacements(
+            gradients, scaling, 1 / _or_one(norm, norm > 0)
+        )
+        rho = radius(norm / scale, sigma, rho_max, curvature(direction))
+        # Where rho is 0 the direction may not be finite.
         perturbation = [
-            None if g is None else _displacement(g, t, factor)
-            for g, t in zip(gradients, scaling)
+            None if d is None else _or_zero(tf.cast(rho, d.dtype) * d, rho > 0)
+            for d in direction
         ]
         return Climb(perturbation, rho, norm / scale)
 
@@ -111,8 +124,10 @@ def radius(slope, sigma, rho_max, curvature=None):
     """The stable root of `s rho + k rho^2 / 2 = sigma`, capped at `rho_max`.
 
     `rho = min(2 sigma / (s + sqrt(max(s^2 + 2 k sigma, 0))), rho_max)`, which
-    is the paper's `sigma / s` where `k = 0`. It is 0 where the slope is 0 or
-    not finite, or so small that the step would not be a number.
+    is the paper's `sigma / s` where `k = 0`. Where the loss curves down so
+    much that it cannot rise by `sigma` (a negative root) it is `2 sigma / s`.
+    It is 0 where the slope is 0 or not finite, or so small that the step
+    would not be a number. A curvature that is not finite counts as 0.
 
     Args:
         slope: Scalar tensor `s`.
@@ -128,11 +143,12 @@ def radius(slope, sigma, rho_max, curvature=None):
     if curvature is None:
         rho = sigma / s
     else:
-        root = tf.sqrt(tf.maximum(s * s + 2 * curvature * sigma, 0))
+        k = _or_zero(curvature, tf.math.is_finite(curvature))
+        root = tf.sqrt(tf.maximum(s * s + 2 * k * sigma, 0))
         rho = 2 * sigma / (s + root)
     rho = tf.minimum(rho, rho_max)
     usable &= tf.math.is_finite(rho / s)
-    return tf.where(usable, rho, tf.zeros_like(rho))
+    return _or_zero(rho, usable)
 
 
 def budget(sigma, progress, warmup, anneal):
@@ -161,12 +177,28 @@ def budget(sigma, progress, warmup, anneal):
     return sigma
 
 
+def _displacements(gradients, scaling, factor):
+    """`factor T^2 g` for all weights."""
+    return [
+        None if g is None else _displacement(g, t, factor)
+        for g, t in zip(gradients, scaling)
+    ]
+
+
 def _displacement(gradient, scaling, factor):
-    """`eps = factor T^2 g` for one weight, with `factor = rho / ||T g||`."""
+    """`factor T^2 g` for one weight, in the dtype of the weight."""
     factor = tf.cast(factor, gradient.dtype)
     if scaling is None:
         return factor * gradient
     return factor * tf.square(scaling) * gradient
+
+
+def _or_zero(value, condition):
+    return tf.where(condition, value, tf.zeros_like(value))
+
+
+def _or_one(value, condition):
+    return tf.where(condition, value, tf.ones_like(value))
 
 
 def _sum_of_squares(gradient, scaling, dtype):

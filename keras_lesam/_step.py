@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_lesam import _curvature
 from keras_lesam import _passes
 from keras_lesam import _workarounds
 
@@ -25,6 +26,7 @@ class Step(NamedTuple):
         state: List of `(variable, tensor)` to commit.
         statistics: Dict of scalar tensors: `rho`, `gradient_norm`,
             `sharpness`, `sigma`.
+        learnt: What `Problem.curvature` has learnt, a tensor, or `None`.
     """
 
     gradients: list
@@ -33,6 +35,7 @@ class Step(NamedTuple):
     outputs: Any
     state: list
     statistics: dict
+    learnt: Any = None
 
 
 class Problem(NamedTuple):
@@ -42,6 +45,8 @@ class Problem(NamedTuple):
         model: A compiled and built Keras model.
         rule: The rule that gives the perturbation and the descent.
         perturbed: List of bools like the weights: which may be moved.
+        curvature: Where the curvature along a climb comes from, one of the
+            kinds of `_curvature`.
         conditional: Whether a pass that is not needed is left out at run
             time; if not, it is made, and its result is not used.
     """
@@ -49,6 +54,7 @@ class Problem(NamedTuple):
     model: keras.Model
     rule: Any
     perturbed: list
+    curvature: Any
     conditional: bool = True
 
 
@@ -64,6 +70,7 @@ def plain(problem, batch, sigma, state=()):
     Returns:
         A `Step`.
     """
+    problem = problem._replace(curvature=_curvature.FirstOrder())
     first = _FirstPass(problem, batch, tf.zeros_like(sigma), state)
     return first.step(first.point.gradients)
 
@@ -79,7 +86,7 @@ def perturbed(problem, batch, sigma, state=()):
         second = first.second_pass(batch)
         rise = tf.cast(second.loss - first.point.loss, sigma.dtype)
         # Where the climb ends at no loss at all, do not follow it.
-        return _either(
+        return _passes.either(
             problem.conditional,
             tf.math.is_finite(rise),
             lambda: (first.descend(second), first.climb.rho, rise),
@@ -90,10 +97,11 @@ def perturbed(problem, batch, sigma, state=()):
         zero = tf.zeros_like(sigma)
         return first.descend(first.point), zero, zero
 
-    gradients, rho, rise = _either(
+    gradients, rho, rise = _passes.either(
         problem.conditional, first.climb.rho > 0, two_passes, one_pass
     )
-    return first.step(gradients, rho, rise)
+    learnt = problem.curvature.learn(first, rho, rise)
+    return first.step(gradients, rho, rise, learnt)
 
 
 def perturbed_from_share(problem, batch, sigma, state=(), *, share):
@@ -155,6 +163,9 @@ def in_parts(step, parts, problem, batch, sigma):
             name: _mean([s.statistics[name] for s in steps], shares)
             for name in steps[0].statistics
         },
+        learnt=None
+        if steps[0].learnt is None
+        else _mean([s.learnt for s in steps], shares),
     )
 
 
@@ -166,15 +177,22 @@ class _FirstPass:
         self.sigma, self.state = sigma, state
         model = problem.model
         self.weights = _passes.read(model.trainable_variables)
-        self.point = _passes.evaluate(model, self.weights, batch, state)
-        self.climb = problem.rule.climb(
-            [
+        self.scale = tf.cast(
+            _passes.gradient_scale(model.optimizer), sigma.dtype
+        )
+        with problem.curvature.recording(self.weights) as self.tape:
+            self.point = _passes.evaluate(model, self.weights, batch, state)
+            # Of the weights that move, without repeated rows.
+            self.gradients = [
                 _dense(g) if moves and g is not None else None
                 for g, moves in zip(self.point.gradients, problem.perturbed)
-            ],
+            ]
+        self.climb = problem.rule.climb(
+            self.gradients,
             self.weights,
             sigma,
-            tf.cast(_passes.gradient_scale(model.optimizer), sigma.dtype),
+            self.scale,
+            problem.curvature.along(self),
         )
 
     def second_pass(self, batch):
@@ -208,7 +226,7 @@ class _FirstPass:
         # A climb of no length is a plain step, all of it.
         return tf.where(self.climb.rho > 0, g_hat, other)
 
-    def step(self, gradients, rho=None, rise=None):
+    def step(self, gradients, rho=None, rise=None, learnt=None):
         zero = tf.zeros_like(self.sigma)
         return Step(
             gradients=gradients,
@@ -222,19 +240,8 @@ class _FirstPass:
                 "sharpness": zero if rise is None else rise,
                 "sigma": self.sigma,
             },
+            learnt=learnt,
         )
-
-
-def _either(conditional, predicate, then, otherwise):
-    """`tf.cond`, or both and a choice between them."""
-    if conditional:
-        return tf.cond(predicate, then, otherwise)
-    return tf.nest.map_structure(
-        lambda a, b: None if a is None else tf.where(predicate, a, b),
-        then(),
-        otherwise(),
-        expand_composites=True,
-    )
 
 
 def _dense(gradient):

@@ -4,6 +4,9 @@ Each with its reason and its issue upstream; tests/test_workarounds.py tells
 when one of them can go.
 """
 
+import contextlib
+import threading
+
 import keras
 import tensorflow as tf
 
@@ -71,3 +74,68 @@ def _recomputes_weights(layer):
     if mode.mode == "list_of_layers":
         return layer.name in (mode.layer_names or ())
     return mode.mode != "activations"
+
+
+class _Moments:
+    """`tf.nn.moments` with the variance's second derivative."""
+
+    def __init__(self):
+        self.original = None
+        self.users = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, *args, **kwargs):
+        mean, variance = self.original(*args, **kwargs)
+        # Var x = E (x - c)^2 - (E x - c)^2 for any constant c, here the mean:
+        # 0, and so is its gradient; its second derivative is what is missing.
+        return mean, variance - tf.square(mean - tf.stop_gradient(mean))
+
+
+_moments = _Moments()
+
+
+@contextlib.contextmanager
+def twice_differentiable_moments():
+    """In here, normalization layers can be differentiated twice.
+
+    `tf.nn.moments`, which Keras's normalization layers call, computes the
+    variance about a mean that it takes for a constant. That is right for the
+    gradient and silently wrong for every derivative of the gradient:
+    https://github.com/tensorflow/tensorflow/pull/19609
+    """
+    with _moments.lock:
+        _moments.users += 1
+        if _moments.users == 1:
+            _moments.original, tf.nn.moments = tf.nn.moments, _moments
+    try:
+        yield
+    finally:
+        with _moments.lock:
+            _moments.users -= 1
+            if _moments.users == 0:
+                tf.nn.moments = _moments.original
+
+
+def has_max_pooling(model):
+    """Whether a model has layers that XLA gets wrong; see `refuse_xla`."""
+    pooling = (
+        keras.layers.MaxPooling1D,
+        keras.layers.MaxPooling2D,
+        keras.layers.MaxPooling3D,
+    )
+    return any(isinstance(x, pooling) for x in model._flatten_layers())
+
+
+def refuse_xla():
+    """An operation that XLA cannot compile, and whose name says why.
+
+    XLA rounds the second derivative of max pooling to 16 bits without a word:
+    https://github.com/openxla/xla, tf2xla's MaxPoolGradGrad. Inside a
+    `tf.function` there is no public way to know that XLA will compile it.
+
+    Returns:
+        A tensor, for `tf.control_dependencies`.
+    """
+    return tf.strings.as_string(
+        0, name="HVP_THROUGH_MAX_POOLING_IS_WRONG_UNDER_XLA_USE_jit_compile_False"
+    )
