@@ -2,16 +2,21 @@
 
     python speed.py
     python speed.py --nets vit --pairs 11 --markdown
+    python speed.py --curvature none secant hvp forward_over_reverse
 
 Trains each net twice from the same weights, plainly and by LE-SAM, in blocks
 of one epoch that take turns, and compares the seconds of neighbours. There is
 neither warm-up nor annealing: all steps of LE-SAM have two passes. Two passes
 are a ratio of 2; what an optimizer and the input cost comes once in both.
+With `--curvature`, other ways to meet the budget beside the first order: by
+secants, or by Hessian-vector products, each of the ways to differentiate twice
+(`hvp` is the default one, `reverse_over_reverse`).
 
-Takes a few minutes on two cores.
+Takes a few minutes on two cores; all curvatures, half an hour.
 """
 
 import argparse
+import functools
 import statistics
 
 import _common
@@ -28,9 +33,23 @@ NETS = {
     "resnet": ((32, 32, 3), _nets.resnet),
     "vit": ((28, 28, 1), _nets.vit),
 }
+CURVATURES = {
+    "none": {"curvature": "none"},
+    "secant": {"curvature": "secant"},
+    "hvp": {"curvature": "hvp"},
+    "forward_over_reverse": {
+        "curvature": "hvp",
+        "hvp_method": "forward_over_reverse",
+    },
+    "forward_over_forward": {
+        "curvature": "hvp",
+        "hvp_method": "forward_over_forward",
+    },
+}
 COLUMNS = {
     "net": 8,
     "mode": 5,
+    "curvature": 20,
     "ratio": 6,
     "min": 6,
     "max": 6,
@@ -38,6 +57,7 @@ COLUMNS = {
     "LE-SAM ms": 9,
     "rho": 6,
     "new traces": 10,
+    "first s": 7,
 }
 
 
@@ -48,12 +68,14 @@ def main():
         tell(["-" * width for width in COLUMNS.values()], args.markdown)
     for net in args.nets:
         for mode in args.modes:
-            tell(measure(net, mode, args), args.markdown)
+            for curvature in args.curvature:
+                tell(measure(net, mode, curvature, args), args.markdown)
     print(
         f"\nMedian, least and largest ratio of {args.pairs} pairs of blocks, "
         f"{args.steps} steps of {BATCH_SIZE} images each; median milliseconds "
         "of a step;\nrho of LE-SAM's last block; traces of the step after its "
-        f"first epoch. Keras {keras.__version__}."
+        "first epoch, which\ntook `first s` seconds, tracing and compiling "
+        f"included. Keras {keras.__version__}."
     )
 
 
@@ -65,6 +87,7 @@ def parse_args():
     add = parser.add_argument
     add("--nets", nargs="+", choices=NETS, default=NETS)
     add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--curvature", nargs="+", choices=CURVATURES, default=["none"])
     add("--pairs", type=int, default=9, help="of blocks to compare")
     add("--steps", type=int, default=20, help="steps in a block")
     add("--markdown", action="store_true", help="print the table in Markdown")
@@ -75,26 +98,28 @@ def parse_args():
     return args
 
 
-def measure(net, mode, args):
+def measure(net, mode, curvature, args):
     """A row of the table: one net, with or without XLA."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     shape, _ = NETS[net]
     data = random_data(shape, args.steps)
     plain = Trainee(net, mode, data, plain_fit)
-    lesam = Trainee(net, mode, data, lesam_fit)
+    wrap = functools.partial(lesam_fit, **CURVATURES[curvature])
+    lesam = Trainee(net, mode, data, wrap)
     lesam.net.set_weights(plain.net.get_weights())
-    for trainee in plain, lesam:
-        trainee.block()
+    plain.block()
+    first = lesam.block() * args.steps
     traces = lesam.counter.traces
     pairs = [take_turns(plain, lesam, i) for i in range(args.pairs)]
     ratios = [b / a for a, b in pairs]
     plain_ms, lesam_ms = (1e3 * statistics.median(s) for s in zip(*pairs))
     return [
-        *(net, mode, f"{statistics.median(ratios):.2f}x"),
+        *(net, mode, curvature, f"{statistics.median(ratios):.2f}x"),
         *(f"{min(ratios):.2f}", f"{max(ratios):.2f}"),
         *(f"{plain_ms:.1f}", f"{lesam_ms:.1f}"),
         *(f"{lesam.logs['rho']:.3f}", str(lesam.counter.traces - traces)),
+        f"{first:.1f}",
     ]
 
 
@@ -174,8 +199,9 @@ def plain_fit(net):
     return net
 
 
-def lesam_fit(net):
-    return LESAMModel(net, sigma=0.1, rho_max=0.5, warmup=0, anneal=0)
+def lesam_fit(net, **options):
+    constant = {"warmup": 0, "anneal": 0}
+    return LESAMModel(net, sigma=0.1, rho_max=0.5, **constant, **options)
 
 
 def tell(cells, markdown):

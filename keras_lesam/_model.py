@@ -517,6 +517,14 @@ class LESAMModel(keras.Model):
                 )
         return cls(**config)
 
+    def load_own_variables(self, store):
+        """What `curvature="secant"` has learnt; a file may have none of it."""
+        if len(store.keys()) == len(self._own_weights()):
+            super().load_own_variables(store)
+
+    def _own_weights(self):
+        return [] if self._curvature != "secant" else [self._secant]
+
     def get_build_config(self):
         """Nothing: the inner model knows how it was built."""
         return None

@@ -18,12 +18,7 @@ class Hessian:
 
     Args:
         model: A compiled Keras model.
-        x: Inputs: a nest of arrays; or a `tf.data.Dataset` or
-            `keras.utils.PyDataset` of batches `(x, y)` or
-            `(x, y, sample_weight)`.
-        y: Targets, if `x` has only inputs.
-        sample_weight: Weights of the rows, if `x` has only inputs.
-        batch_size: Rows of a batch, if `x` is arrays.
+        batches: List of `_passes.Batch`es, what `batches` makes.
         variables: Trainable variables to differentiate by; `None`: all.
         method: A method of `hessian_vector_product`.
         verbose: Whether to show how many products were made.
@@ -32,16 +27,13 @@ class Hessian:
     def __init__(
         self,
         model,
-        x,
-        y=None,
-        sample_weight=None,
+        batches,
         *,
-        batch_size=32,
         variables=None,
         method="auto",
         verbose=0,
     ):
-        self.batches = batches(x, y, sample_weight, batch_size)
+        self.batches = batches
         self.model = model
         prepare(model, self.batches[0])
         self.chosen = _choose(model, variables)
@@ -82,9 +74,7 @@ class Hessian:
             tf.reshape(*next(parts)) if chosen else None
             for chosen in self.chosen
         ]
-        products = _hessian.product(
-            model, weights, batch, vectors, self.method
-        )
+        products = _hessian.product(model, weights, batch, vectors, self.method)
         scale = _passes.gradient_scale(model.optimizer)
         found = [
             tf.zeros_like(v) if p is None else p / tf.cast(scale, p.dtype)
@@ -170,16 +160,16 @@ def _batches_of_dataset(dataset):
         batches = iter(dataset)
     else:
         if dataset.num_batches is None:
-            raise ValueError("The dataset `x` has no end: `num_batches` is None.")
+            raise ValueError(
+                "The dataset `x` has no end: `num_batches` is None."
+            )
         batches = (dataset[i] for i in range(dataset.num_batches))
     unpack = keras.utils.unpack_x_y_sample_weight
     return [_tensors(unpack(batch)) for batch in batches]
 
 
 def _batches_of_arrays(data, batch_size):
-    rows = {
-        len(leaf) for leaf in keras.tree.flatten(data) if leaf is not None
-    }
+    rows = {len(leaf) for leaf in keras.tree.flatten(data) if leaf is not None}
     if len(rows) != 1:
         raise ValueError(
             "`x`, `y` and `sample_weight` must have the same number of rows. "

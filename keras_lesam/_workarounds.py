@@ -137,5 +137,6 @@ def refuse_xla():
         A tensor, for `tf.control_dependencies`.
     """
     return tf.strings.as_string(
-        0, name="HVP_THROUGH_MAX_POOLING_IS_WRONG_UNDER_XLA_USE_jit_compile_False"
+        0,
+        name="HVP_THROUGH_MAX_POOLING_IS_WRONG_UNDER_XLA_USE_jit_compile_False",
     )

@@ -369,10 +369,11 @@ def spectral_density(
     )
 
 
-def _hessian_of(model, x, y, sample_weight, **options):
-    _checks.integer("batch_size", options["batch_size"], 1)
+def _hessian_of(model, x, y, sample_weight, *, batch_size, **options):
     _checks.choice("method", options["method"], _METHODS)
-    return _operator.Hessian(model, x, y, sample_weight, **options)
+    batch_size = _checks.integer("batch_size", batch_size, 1)
+    batches = _operator.batches(x, y, sample_weight, batch_size)
+    return _operator.Hessian(model, batches, **options)
 
 
 def _check_vectors(vectors, variables):

@@ -78,6 +78,7 @@ def step(
     alpha=0.0,
     share=1.0,
     perturb=lambda variable: True,
+    second_order=False,
 ):
     """`g_hat` as NumPy arrays, and `(rho, slope, loss, rise)`."""
     variables = net.trainable_variables
@@ -99,7 +100,14 @@ def step(
     slope = math.sqrt(
         sum(np.sum((t * g) ** 2) for t, g in zip(scaling, gradient))
     )
-    rho = min(sigma / slope, rho_max)
+    rho = sigma / slope
+    if second_order:
+        direction = [t**2 * g / slope for t, g in zip(scaling, gradient)]
+        restore(net.non_trainable_variables, state)
+        k = curvature_along(net, loss, seen, weights, direction, state)
+        restore(variables, weights)
+        rho = 2 * sigma / (slope + math.sqrt(max(slope**2 + 2 * k * sigma, 0)))
+    rho = min(rho, rho_max)
     for v, w, t, g in zip(variables, weights, scaling, gradient):
         v.assign(w + rho * t**2 * g / slope)
     restore(net.non_trainable_variables, state)
@@ -108,6 +116,18 @@ def step(
     restore(net.non_trainable_variables, after)
     g_hat = [p - alpha * g for p, g in zip(perturbed, gradient)]
     return g_hat, (rho, slope, value, perturbed_value - value)
+
+
+def curvature_along(net, loss, batch, weights, direction, state, step=1e-4):
+    """`d.(H d)` by the difference of two gradients."""
+    slopes = []
+    for sign in (1, -1):
+        for v, w, d in zip(net.trainable_variables, weights, direction):
+            v.assign(w + sign * step * d)
+        restore(net.non_trainable_variables, state)
+        _, gradient = loss_and_gradients(net, loss, batch)
+        slopes.append(sum(np.sum(g * d) for g, d in zip(gradient, direction)))
+    return (slopes[0] - slopes[1]) / (2 * step)
 
 
 def loss_and_gradients(net, loss, batch):

@@ -127,8 +127,6 @@ def test_a_schedule_leaves_no_shares(net, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("curvature", "hvp"),
-        ("curvature", "secant"),
         ("perturbation_scope", "global"),
     ],
 )
@@ -238,7 +236,7 @@ def test_numbers_of_numpy_are_numbers(net, number):
 def test_a_refused_model_is_as_it_was():
     x, y = classification_data()
     net, same = dense_net(), dense_net()
-    for bad in ({"sigma": -1}, {"alpha": 7}, {"curvature": "hvp"}):
+    for bad in ({"sigma": -1}, {"alpha": 7}, {"curvature": "exact"}):
         with pytest.raises((ValueError, NotImplementedError)):
             LESAMModel(net, **bad)
     assert not net.compiled

@@ -92,3 +92,115 @@ def test_keras_cannot_load_a_model_compiled_without_optimizer(tmp_path):
     net.save(tmp_path / "net.keras")
     with pytest.raises(AttributeError, match=r"'NoneType'.*'build'"):
         keras.saving.load_model(tmp_path / "net.keras")
+
+
+def moments_by_hand(x):
+    mean = tf.reduce_mean(x, 0)
+    return mean, tf.reduce_mean(tf.square(x - mean), 0)
+
+
+def second_derivative_of_variance(moments):
+    x = tf.constant([[1.0], [2.0], [5.0]], tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            variance = moments(x)[1]
+        gradient = tape.gradient(variance, x)
+    return variance, gradient, outer.jacobian(gradient, x)[:, 0, :, 0]
+
+
+def test_moments_have_no_second_derivative():
+    """tensorflow#19609: then `twice_differentiable_moments` can go."""
+    expected = 2 * (np.eye(3) / 3 - 1 / 9)  # That of the variance of three.
+    np.testing.assert_allclose(
+        second_derivative_of_variance(moments_by_hand)[2], expected, atol=1e-12
+    )
+    moments = lambda x: tf.nn.moments(x, [0])  # noqa: E731
+    variance, gradient, wrong = second_derivative_of_variance(moments)
+    np.testing.assert_allclose(wrong, 2 * np.eye(3) / 3)
+    with _workarounds.twice_differentiable_moments():
+        found = second_derivative_of_variance(moments)
+    # The value and the gradient to the last bit.
+    assert found[0] == variance
+    np.testing.assert_array_equal(found[1], gradient)
+    np.testing.assert_allclose(found[2], expected, atol=1e-12)
+
+
+def test_moments_are_put_back():
+    original = tf.nn.moments
+    with _workarounds.twice_differentiable_moments():
+        assert tf.nn.moments is not original
+        with (
+            pytest.raises(RuntimeError),
+            _workarounds.twice_differentiable_moments(),
+        ):
+            raise RuntimeError
+        assert tf.nn.moments is not original
+    assert tf.nn.moments is original
+
+
+def pooled_square(x):
+    """Its second derivative is 2 at the largest number of each window."""
+    return tf.reduce_sum(tf.nn.max_pool2d(x, 2, 2, "VALID") ** 2)
+
+
+def second_derivative_of_pooling(x, v):
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = pooled_square(x)
+        gradient = tape.gradient(y, x)
+    return outer.gradient(gradient, x, output_gradients=v)
+
+
+def test_xla_rounds_the_second_derivative_of_max_pooling():
+    """Then `refuse_xla` and `has_max_pooling` can go."""
+    rng = np.random.default_rng(0)
+    # Alike in their first 16 bits, the numbers of a window get mixed up.
+    x = tf.constant(1 + 1e-4 * rng.normal(size=(1, 8, 8, 1)), tf.float32)
+    v = tf.constant(rng.normal(size=x.shape), tf.float32)
+    right = tf.function(second_derivative_of_pooling)(x, v)
+    xla = tf.function(second_derivative_of_pooling, jit_compile=True)(x, v)
+    error = np.abs(xla - right).max() / np.abs(right).max()
+    assert error > 0.01
+
+
+def test_nested_forward_mode_fails_at_dynamic_shapes():
+    """Then `refuse_unknown_shapes` can go."""
+
+    def second(x):
+        with (
+            tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as outer,
+            tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as inner,
+        ):
+            y = tf.reduce_sum(x**3) / tf.cast(tf.shape(x)[0], x.dtype)
+            first = inner.jvp(y)
+        return outer.jvp(first)
+
+    x = tf.constant([1.0, 2.0])
+    assert tf.function(second, autograph=False)(x) == 9.0
+    dynamic = tf.function(
+        second,
+        input_signature=[tf.TensorSpec([None], tf.float32)],
+        autograph=False,
+    )
+    with pytest.raises(IndexError):
+        dynamic(x)
+
+
+def test_forward_mode_has_no_rule_for_loops():
+    """Of layers that keep an array of their steps: `refuse_loops`."""
+    layer = keras.layers.SimpleRNN(2)
+    x = tf.ones((1, 3, 2))
+    layer(x)
+
+    @tf.function(autograph=False)
+    def slope(x):
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+            y = layer(x)
+        return accumulator.jvp(y)
+
+    with pytest.raises(TypeError, match="variant"):
+        slope(x)

@@ -1,0 +1,105 @@
+"""What a run should watch: the curvature at the ends of epochs."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_lesam import _checks
+from keras_lesam import _lanczos
+from keras_lesam import _operator
+
+__all__ = ["Curvature"]
+
+
+class Curvature(keras.callbacks.Callback):
+    """Logs the largest eigenvalue and the trace of the Hessian.
+
+    On a fixed sample, at the ends of epochs, of the loss that `fit`
+    minimises. The logs have `top_eigenvalue` and `hessian_trace` (loss units
+    per squared weight-space distance). Put it before the callbacks that are
+    to see them (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`); `History`
+    sees them anyway.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam.callbacks import Curvature
+    >>> model = keras.Sequential([keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.rand(64, 3), np.random.rand(64, 1)
+    >>> watch = Curvature(x[:32], y[:32])
+    >>> history = model.fit(x, y, epochs=2, callbacks=[watch], verbose=0)
+    >>> sorted(history.history)
+    ['hessian_trace', 'loss', 'top_eigenvalue']
+
+    Args:
+        x: Inputs of the sample, or a dataset of batches; kept in memory. A
+            few hundred rows of the training data will do.
+        y: Targets, if `x` has only inputs.
+        sample_weight: Weights of the rows, if `x` has only inputs.
+        batch_size: Integer > 0, rows of a batch, if `x` is arrays.
+        every: Integer > 0: measure after every so many epochs, the last of
+            `fit` included; the logs of the others have nan.
+        tolerance: Float > 0, the relative accuracy of the eigenvalue.
+        trace_samples: Integer > 1, random vectors for the trace, or 0: no
+            trace.
+        seed: Integer, of the random vectors, the same at every epoch.
+
+    Raises:
+        TypeError, ValueError: as `curvature.top_eigenvalues`, when `fit`
+            begins; arguments out of range at once.
+    """
+
+    def __init__(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size=32,
+        every=1,
+        tolerance=1e-2,
+        trace_samples=20,
+        seed=0,
+    ):
+        super().__init__()
+        batch_size = _checks.integer("batch_size", batch_size, 1)
+        self._batches = _operator.batches(x, y, sample_weight, batch_size)
+        self.every = _checks.integer("every", every, 1)
+        self.tolerance = _checks.number("tolerance", tolerance, 0, above=True)
+        least = 2 if trace_samples else 0
+        self.trace_samples = _checks.integer(
+            "trace_samples", trace_samples, least
+        )
+        self.seed = seed
+
+    def on_train_begin(self, logs=None):
+        # Traced with the first product, and kept for all epochs.
+        self._hessian = _operator.Hessian(self.model, self._batches)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        last = epoch + 1 == self.params.get("epochs")
+        measured = (epoch + 1) % self.every == 0 or last
+        logs["top_eigenvalue"] = (
+            self._top_eigenvalue() if measured else math.nan
+        )
+        if self.trace_samples:
+            logs["hessian_trace"] = self._trace() if measured else math.nan
+
+    def _top_eigenvalue(self):
+        values, _ = _lanczos.largest(
+            self._hessian, 1, self.tolerance, 1000, self._rng()
+        )
+        return float(values[0])
+
+    def _trace(self):
+        value, _, _ = _lanczos.trace(
+            self._hessian, 0.0, self.trace_samples, self._rng()
+        )
+        return value
+
+    def _rng(self):
+        return np.random.default_rng(self.seed)
