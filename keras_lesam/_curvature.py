@@ -55,12 +55,13 @@ class Exact(FirstOrder):
     def along(self, first):
         def curvature(direction):
             # Where there is no budget there is nothing to know.
-            return _passes.either(
+            scaled = _passes.either(
                 first.problem.conditional,
                 first.sigma > 0,
-                lambda: self._measure(first, direction) / first.scale,
+                lambda: self._measure(first, direction),
                 lambda: tf.zeros_like(first.sigma),
             )
+            return first.over_replicas(scaled) / first.scale
 
         return curvature
 
@@ -68,9 +69,6 @@ class Exact(FirstOrder):
         """`d.(H d)` of the scaled loss."""
         dtype = first.sigma.dtype
         here = (first.problem.model, first.weights, first.batch)
-        if self.method == _hessian.FORWARD_OVER_FORWARD:
-            value = _hessian.second_derivative(*here, direction, first.state)
-            return tf.cast(value, dtype)
         if self.method == _hessian.FORWARD_OVER_REVERSE:
             products = _hessian.product(
                 *here, direction, self.method, first.state

@@ -1,11 +1,9 @@
-"""Hessian-vector products of a pass: three exact ways to differentiate twice.
+"""Hessian-vector products of a pass: two exact ways to differentiate twice.
 
     forward_over_reverse    a ForwardAccumulator around the pass: the tangent
                             of its gradient is H v
     reverse_over_reverse    a second GradientTape around the pass: the
                             gradient of g.v is H v
-    forward_over_forward    two ForwardAccumulators around the forward pass:
-                            the second derivative along v, v.(H v), and no H v
 
 Forward mode (Pearlmutter 1994, "Fast exact multiplication by the Hessian")
 cannot enter the loops of recurrent layers; reverse mode can. As in every
@@ -22,9 +20,8 @@ from keras_lesam import _workarounds
 
 FORWARD_OVER_REVERSE = "forward_over_reverse"
 REVERSE_OVER_REVERSE = "reverse_over_reverse"
-FORWARD_OVER_FORWARD = "forward_over_forward"
 
-METHODS = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, FORWARD_OVER_FORWARD)
+METHODS = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE)
 
 # Operations that forward mode has no rule for.
 _LOOPS = {"While", "StatelessWhile"}
@@ -102,21 +99,6 @@ def differentiate(tape, gradients, weights, vectors):
     return found
 
 
-def second_derivative(model, weights, batch, vectors, state=()):
-    """`v.(H v)` of the scaled loss by forward mode over forward mode.
-
-    Arguments are those of `product`; returns a scalar tensor.
-    """
-    with (
-        _workarounds.twice_differentiable_moments(),
-        _accumulator(weights, vectors) as outer,
-        _accumulator(weights, vectors) as inner,
-    ):
-        scaled_loss, *_ = _passes.forward(model, weights, batch, state)
-        first = inner.jvp(scaled_loss, unconnected_gradients="zero")
-    return outer.jvp(first, unconnected_gradients="zero")
-
-
 def dense(gradients):
     """Gradients without `tf.IndexedSlices`; rows that repeat are summed."""
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
@@ -135,8 +117,10 @@ def dot(vectors, others, dtype):
 def operations(model, batch):
     """Types of the operations that a pass forward is made of, as a set."""
     weights = _passes.read(model.trainable_variables)
+    # In inference mode: in training, replicas may have to meet on the way.
     trace = tf.function(
-        lambda: _passes.forward(model, weights, batch)[0], autograph=False
+        lambda: _passes.forward(model, weights, batch, training=False)[0],
+        autograph=False,
     )
     definition = trace.get_concrete_function().graph.as_graph_def()
     nodes = [*definition.node]
@@ -164,25 +148,6 @@ def refuse_loops(operations, method, argument):
         raise ValueError(
             "Forward-mode differentiation has no rule for the loops of "
             "recurrent layers; use 'reverse_over_reverse' or 'auto'. "
-            f"Received: {argument}={method!r}"
-        )
-
-
-def refuse_unknown_shapes(batch, method, argument):
-    """Raises `ValueError` for nested forward mode and a dynamic batch.
-
-    `tf.autodiff.ForwardAccumulator` inside of another fails at `tf.shape`.
-    """
-    static = all(
-        leaf.shape.is_fully_defined()
-        for leaf in tf.nest.flatten(batch)
-        if leaf is not None
-    )
-    if method == FORWARD_OVER_FORWARD and not static:
-        raise ValueError(
-            "Nested forward-mode differentiation needs batches of static "
-            "shape: pass a tf.data.Dataset with `.batch(size, "
-            "drop_remainder=True)`, or use another method. "
             f"Received: {argument}={method!r}"
         )
 

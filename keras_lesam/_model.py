@@ -102,10 +102,8 @@ class LESAMModel(keras.Model):
             steps before have shown (`ascent_fraction` must be 1).
         hvp_method: How `"hvp"` differentiates twice:
             `"reverse_over_reverse"`, which `"auto"` is, goes everywhere and
-            makes no forward pass of its own; `"forward_over_reverse"`;
-            `"forward_over_forward"`, the fastest under XLA, but slow to
-            compile. Forward mode has no rule for the loops of recurrent
-            layers.
+            makes no forward pass of its own; or `"forward_over_reverse"`,
+            which has no rule for the loops of recurrent layers.
         adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
         alpha: Float in [0, 1], the share of the plain gradient left out of
             the update. 0 is the paper's default.
@@ -117,9 +115,11 @@ class LESAMModel(keras.Model):
             part of it) that finds `eps`; the step then costs 1 + share. The
             loss and metrics logged are those of these rows; sharpness is not
             logged.
-        perturbation_scope: `"replica"`: under `tf.distribute`, each replica
-            climbs on its own part of the batch. Others are not implemented
-            yet.
+        perturbation_scope: Under `tf.distribute`, `"replica"`: each replica
+            climbs on its own part of the batch, as with `num_batch_splits`,
+            and nothing more is communicated than in plain training; or
+            `"global"`: all climb as one device would on the whole batch, for
+            which the gradients of the first pass are summed over the replicas.
         perturb: Callable from a `keras.Variable` to bool: which weights are
             perturbed (the others have `T` = 0). `None`: all. To save the
             model, register it with `keras.saving`.
@@ -133,7 +133,6 @@ class LESAMModel(keras.Model):
         TypeError: if an argument is of the wrong type.
         ValueError: if one is out of range, or `model` has training logic that
             cannot be honoured.
-        NotImplementedError: for options that are still to come.
 
     References:
         Wang, Liu, Xie, Gao, "Loss-Equated Sharpness-Aware Minimization", ICML
@@ -170,11 +169,12 @@ class LESAMModel(keras.Model):
             sigma = _checks.number("sigma", sigma, 0)
         if total_steps is not None:
             total_steps = _checks.integer("total_steps", total_steps, 1)
-        _refuse_unfinished(perturbation_scope)
         self._curvature, self._hvp_method = _check_curvature(
             curvature, hvp_method, ascent_fraction
         )
-        self._perturbation_scope = perturbation_scope
+        self._perturbation_scope = _checks.choice(
+            "perturbation_scope", perturbation_scope, ("replica", "global")
+        )
         self._num_batch_splits = _checks.integer(
             "num_batch_splits", num_batch_splits, 1
         )
@@ -231,7 +231,7 @@ class LESAMModel(keras.Model):
 
         if self._ascent_fraction == 1:
             found = self._take(_step.perturbed, batch, sigma)
-        elif not _workarounds.has_fast_conditionals(self):
+        elif not self._conditional():
             found = self._take(self._perturbed_from_share, batch, sigma)
         else:
             # Where the budget is 0, the one pass sees the whole batch.
@@ -280,7 +280,8 @@ class LESAMModel(keras.Model):
             self._rule,
             self._perturbed_weights(),
             self._curvature_source(),
-            conditional=_workarounds.has_fast_conditionals(self),
+            shared=self._shared(),
+            conditional=self._conditional(),
         )
         found = step(problem, batch, sigma)
         _passes.commit(found.state)
@@ -315,6 +316,22 @@ class LESAMModel(keras.Model):
             )
         return moves
 
+    def _shared(self):
+        """Whether several replicas climb as one."""
+        return self._perturbation_scope == "global" and _passes.replicas() > 1
+
+    def _conditional(self):
+        """Whether a pass can be left out at run time.
+
+        Not where replicas have to meet on the way, which they cannot do in a
+        branch.
+        """
+        return (
+            _workarounds.has_fast_conditionals(self)
+            and not (self._shared() and self._ascent_fraction < 1)
+            and not _workarounds.synchronizes_replicas(self.model)
+        )
+
     def _curvature_source(self):
         """Of the climb of a step; reads what earlier steps have learnt."""
         if self._curvature == "secant":
@@ -347,7 +364,6 @@ class LESAMModel(keras.Model):
         operations = _hessian.operations(self, batch)
         method = self._exact_method()
         _hessian.refuse_loops(operations, method, "hvp_method")
-        _hessian.refuse_unknown_shapes(batch, method, "hvp_method")
         if self.jit_compile:
             _hessian.refuse_max_pooling(operations)
 
@@ -686,17 +702,6 @@ def _check_curvature(curvature, hvp_method, ascent_fraction):
             f"ascent_fraction={ascent_fraction!r}"
         )
     return curvature, hvp_method
-
-
-def _refuse_unfinished(perturbation_scope):
-    _checks.choice(
-        "perturbation_scope", perturbation_scope, ("replica", "global")
-    )
-    if perturbation_scope != "replica":
-        raise NotImplementedError(
-            "Only perturbation_scope='replica' is implemented yet. "
-            f"Received: perturbation_scope={perturbation_scope!r}"
-        )
 
 
 def _is_schedule(sigma):

@@ -45,8 +45,7 @@ class Hessian:
         ]
         self.size = sum(int(np.prod(shape)) for shape in self.shapes)
         self.dtype = model.trainable_variables[0].dtype
-        rows = [int(_passes.count_rows(batch.x)) for batch in self.batches]
-        self.shares = [n / sum(rows) for n in rows]
+        self.shares = shares(batches)
         self._product = tf.function(self._product_of_batch, autograph=False)
         self.progress = _Bar(verbose)
 
@@ -144,6 +143,12 @@ def batches(x, y=None, sample_weight=None, batch_size=32):
     if not found:
         raise ValueError("`x` has no rows.")
     return found
+
+
+def shares(batches):
+    """The rows of each batch over those of all, a list of floats."""
+    rows = [int(_passes.count_rows(batch.x)) for batch in batches]
+    return [n / sum(rows) for n in rows]
 
 
 def one_batch(x, y, sample_weight):

@@ -73,7 +73,7 @@ def evaluate(model, weights, batch, state=()):
     )
 
 
-def forward(model, weights, batch, state=()):
+def forward(model, weights, batch, state=(), training=True):
     """The forward pass alone; arguments are those of `evaluate`.
 
     Returns:
@@ -83,7 +83,7 @@ def forward(model, weights, batch, state=()):
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
     with _RecordingScope(mapping) as scope:
-        outputs = model(batch.x, training=True)
+        outputs = model(batch.x, training=training)
         loss = model.compute_loss(
             x=batch.x,
             y=batch.y,
@@ -93,7 +93,7 @@ def forward(model, weights, batch, state=()):
     scaled_loss = loss
     if model.optimizer is not None:
         scaled_loss = model.optimizer.scale_loss(loss)
-    return scaled_loss, loss * _replicas(loss.dtype), outputs, scope.updates
+    return scaled_loss, loss * replicas(loss.dtype), outputs, scope.updates
 
 
 def build(model, batch):
@@ -120,7 +120,7 @@ def _touch(model, batch):
     weights = read(model.trainable_variables)
     # As in a pass: in training, and with what `add_loss` is given on the way.
     # With replicas, a layer may want to synchronize, which a trace cannot.
-    training = _replicas() == 1
+    training = replicas() == 1
     with _RecordingScope([*zip(model.trainable_variables, weights)]):
         outputs = model(x, training=training)
         model.compute_loss(
@@ -146,8 +146,21 @@ def gradient_scale(optimizer):
     The loss scale of the optimizer (a Python float or a tensor), divided by
     the number of replicas, by which Keras divides the loss.
     """
-    scale = 1.0 if optimizer is None else optimizer.scale_loss(1.0)
-    return scale / _replicas()
+    return loss_scale(optimizer) / replicas()
+
+
+def loss_scale(optimizer):
+    """The loss scale alone, that of a sum of gradients over replicas."""
+    return 1.0 if optimizer is None else optimizer.scale_loss(1.0)
+
+
+def sum_over_replicas(tensors):
+    """A nest of tensors, each replaced by its sum over all replicas.
+
+    To be called in a replica, and outside of any `tf.cond`.
+    """
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 
 def is_weight(variable):
@@ -210,7 +223,8 @@ class _RecordingScope(keras.StatelessScope):
         return [(v, self.get_current_value(v)) for v in self._updated.values()]
 
 
-def _replicas(dtype=None):
+def replicas(dtype=None):
+    """How many replicas train in sync, as an int or a tensor of a dtype."""
     count = tf.distribute.get_strategy().num_replicas_in_sync
     return count if dtype is None else tf.cast(count, dtype)
 

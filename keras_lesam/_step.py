@@ -47,6 +47,8 @@ class Problem(NamedTuple):
         perturbed: List of bools like the weights: which may be moved.
         curvature: Where the curvature along a climb comes from, one of the
             kinds of `_curvature`.
+        shared: Whether all replicas climb as one, by the same perturbation;
+            if not, each climbs by itself.
         conditional: Whether a pass that is not needed is left out at run
             time; if not, it is made, and its result is not used.
     """
@@ -55,6 +57,7 @@ class Problem(NamedTuple):
     rule: Any
     perturbed: list
     curvature: Any
+    shared: bool = False
     conditional: bool = True
 
 
@@ -100,6 +103,8 @@ def perturbed(problem, batch, sigma, state=()):
     gradients, rho, rise = _passes.either(
         problem.conditional, first.climb.rho > 0, two_passes, one_pass
     )
+    if problem.shared:
+        rise = first.over_replicas(rise) / _passes.replicas(rise.dtype)
     learnt = problem.curvature.learn(first, rho, rise)
     return first.step(gradients, rho, rise, learnt)
 
@@ -177,9 +182,8 @@ class _FirstPass:
         self.sigma, self.state = sigma, state
         model = problem.model
         self.weights = _passes.read(model.trainable_variables)
-        self.scale = tf.cast(
-            _passes.gradient_scale(model.optimizer), sigma.dtype
-        )
+        scale = _passes.loss_scale if problem.shared else _passes.gradient_scale
+        self.scale = tf.cast(scale(model.optimizer), sigma.dtype)
         with problem.curvature.recording(self.weights) as self.tape:
             self.point = _passes.evaluate(model, self.weights, batch, state)
             # Of the weights that move, without repeated rows.
@@ -188,11 +192,23 @@ class _FirstPass:
                 for g, moves in zip(self.point.gradients, problem.perturbed)
             ]
         self.climb = problem.rule.climb(
-            self.gradients,
+            self.over_replicas(self.gradients),
             self.weights,
             sigma,
             self.scale,
             problem.curvature.along(self),
+        )
+
+    def over_replicas(self, tensors):
+        """Sums of a nest of gradients, or of what is linear in them."""
+        if not self.problem.shared:
+            return tensors
+        found = _passes.sum_over_replicas(
+            [t for t in tf.nest.flatten(tensors) if t is not None]
+        )
+        found = iter(found)
+        return tf.nest.map_structure(
+            lambda t: None if t is None else next(found), tensors
         )
 
     def second_pass(self, batch):

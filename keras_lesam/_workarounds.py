@@ -24,6 +24,18 @@ def has_fast_conditionals(model):
     return not (model.jit_compile and devices == {"CPU"})
 
 
+def synchronizes_replicas(model):
+    """Whether a pass of a model communicates: `synchronized=True` layers.
+
+    A replica cannot wait for the others inside of a conditional
+    (`merge_call`: https://github.com/tensorflow/tensorflow/issues/27716).
+    """
+    return tf.distribute.get_strategy().num_replicas_in_sync > 1 and any(
+        getattr(layer, "synchronized", False)
+        for layer in model._flatten_layers()
+    )
+
+
 def map_with_masks(function, tensors):
     """`function(*tensors)`, and the same for the Keras masks they carry.
 

@@ -31,11 +31,7 @@ __all__ = [
     "trace",
 ]
 
-_METHODS = (
-    "auto",
-    _hessian.FORWARD_OVER_REVERSE,
-    _hessian.REVERSE_OVER_REVERSE,
-)
+_METHODS = ("auto", *_hessian.METHODS)
 
 
 def hessian_vector_product(

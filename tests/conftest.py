@@ -1,4 +1,4 @@
-"""Two logical CPUs, a quiet TensorFlow and a fixed seed for every test."""
+"""Four logical CPUs, a quiet TensorFlow and a fixed seed for every test."""
 
 import os
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
+    [tf.config.LogicalDeviceConfiguration()] * 4,
 )
 
 

@@ -1,7 +1,10 @@
 """Small nets, data and comparisons that several tests share."""
 
+import functools
+
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_lesam import LESAMModel
 
@@ -93,6 +96,17 @@ def traces(model):
 
     model.train_step = counting
     return seen
+
+
+@functools.cache
+def mirrored(replicas=2):
+    """One strategy for all tests of a process.
+
+    The collectives of a second one would meet those of the first: in a group
+    of another size, or of tensors of other shapes.
+    """
+    devices = [f"CPU:{i}" for i in range(replicas)]
+    return tf.distribute.MirroredStrategy(devices)
 
 
 def constant_lesam(net, sigma=0.1, rho_max=None, **kwargs):

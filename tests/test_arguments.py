@@ -124,18 +124,6 @@ def test_a_schedule_leaves_no_shares(net, name, value):
     assert LESAMModel(net, SCHEDULE).warmup == 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("perturbation_scope", "global"),
-    ],
-)
-def test_what_is_still_to_come_says_so(net, name, value):
-    message = rf"^Only {name}='.*' is implemented yet\. Received: {name}='"
-    with pytest.raises(NotImplementedError, match=message + value):
-        LESAMModel(net, **{name: value})
-
-
 NOT_MODELS = [
     *(None, "model", 3.0, len, keras.Model, keras.layers.Dense(3)),
     *(keras.Input((6,)), keras.optimizers.SGD(), [keras.layers.Dense(3)]),

@@ -17,6 +17,7 @@ from keras_lesam.curvature import hessian_vector_product
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
 from tests.helpers import dense_net
+from tests.helpers import mirrored
 from tests.helpers import noisy_net
 
 FORWARD = "forward_over_reverse"
@@ -225,22 +226,6 @@ def test_eager_product_is_that_in_a_graph(kind):
     np.testing.assert_allclose(flatten(eager), flatten(graph), atol=1e-12)
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - LOOPS))
-def test_second_derivative_is_that_of_the_product(kind):
-    """Forward over forward mode, for which shapes must be static."""
-    net, x, y, [vector, _] = problem(kind)
-    weights = _passes.read(net.trainable_variables)
-    batch = _passes.Batch(tf.constant(x), tf.constant(y), None)
-    vector = [tf.constant(v) for v in vector]
-    second = tf.function(
-        lambda: _hessian.second_derivative(net, weights, batch, vector)
-    )
-    product = hessian_vector_product(net, x, y, vector)
-    expected = np.dot(flatten(vector), flatten(product))
-    np.testing.assert_allclose(second(), expected, rtol=1e-9)
-
-
 @pytest.mark.parametrize("kind", sorted(LOOPS))
 def test_forward_mode_is_refused_for_loops(kind):
     net, x, y, [vector, _] = problem(kind)
@@ -379,10 +364,6 @@ def test_mixed_precision_undoes_the_loss_scale():
         expected = found
 
 
-def replicas(count):
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("within", ["scope", "replica", "outside"])
 def test_product_under_distribution_is_of_the_global_loss(within):
@@ -405,7 +386,7 @@ def test_product_under_distribution_is_of_the_global_loss(within):
     net = build()
     vectors = [rng.normal(size=v.shape) for v in net.trainable_variables]
     expected = flatten(hessian_vector_product(net, x, y, vectors))
-    strategy = replicas(2)
+    strategy = mirrored()
     with strategy.scope():
         net = build()
         if within == "scope":

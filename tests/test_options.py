@@ -193,26 +193,3 @@ def test_a_climb_off_the_end_of_the_loss_is_a_plain_step(share):
     assert_same_weights(*nets)
     assert np.isfinite(nets[1].get_weights()[0]).all()
     assert history["rho"] == [0.0]
-
-
-def test_two_replicas_train_and_agree():
-    """A first look at `tf.distribute`: equal copies, losses in loss units."""
-    x, y = classification_data(rows=64)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
-        net = dense_net()
-        model = constant_lesam(net)
-        model.compile(keras.optimizers.SGD(0.1), crossentropy())
-    model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
-
-    twin = dense_net()
-    split = constant_lesam(twin, num_batch_splits=2)
-    split.compile(keras.optimizers.SGD(0.1), crossentropy())
-    history = split.fit(
-        x, y, batch_size=16, epochs=2, shuffle=False, verbose=0
-    ).history
-    assert_close_weights(net, twin, rtol=1e-4, atol=1e-6)
-    for name in ("loss", "rho", "gradient_norm", "sharpness"):
-        np.testing.assert_allclose(
-            model.history.history[name], history[name], rtol=1e-3
-        )

@@ -167,29 +167,6 @@ def test_xla_rounds_the_second_derivative_of_max_pooling():
     assert error > 0.01
 
 
-def test_nested_forward_mode_fails_at_dynamic_shapes():
-    """Then `refuse_unknown_shapes` can go."""
-
-    def second(x):
-        with (
-            tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as outer,
-            tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as inner,
-        ):
-            y = tf.reduce_sum(x**3) / tf.cast(tf.shape(x)[0], x.dtype)
-            first = inner.jvp(y)
-        return outer.jvp(first)
-
-    x = tf.constant([1.0, 2.0])
-    assert tf.function(second, autograph=False)(x) == 9.0
-    dynamic = tf.function(
-        second,
-        input_signature=[tf.TensorSpec([None], tf.float32)],
-        autograph=False,
-    )
-    with pytest.raises(IndexError):
-        dynamic(x)
-
-
 def test_forward_mode_has_no_rule_for_loops():
     """Of layers that keep an array of their steps: `refuse_loops`."""
     layer = keras.layers.SimpleRNN(2)
