@@ -86,7 +86,9 @@ class Secant(FirstOrder):
     A climb of length `rho` along which the loss rose by `rise` has shown
     `2 (rise - s rho) / rho^2`. What is used is a running mean, in which no
     observation counts for more than `CLIP` times the usual deviation: one
-    wild batch moves it no further than an odd one.
+    wild batch moves it no further than an odd one. A mean below 0 is taken
+    for 0: early in a training, when the budget is small and the loss curves
+    down, small nets died of the longer climbs.
 
     Args:
         memory: Variable of shape (2,), zeros at first: the running means of
@@ -102,7 +104,9 @@ class Secant(FirstOrder):
 
     def along(self, first):
         del first
-        return self._memory[0]
+        # Where the loss seems to curve down, no further than to first order:
+        # what was seen over a short climb does not bear twice as long a one.
+        return tf.maximum(self._memory[0], 0)
 
     def learn(self, first, rho, rise):
         slope = first.climb.slope

@@ -28,7 +28,7 @@ DEFAULT_ANNEAL = 0.2
 
 
 @keras.saving.register_keras_serializable(package="keras_lesam")
-class LESAMModel(keras.Model):
+class LESAMModel(_workarounds.MultiWorkerModel):
     """Trains a Keras model by Loss-Equated Sharpness-Aware Minimization.
 
     Wrap a model, `compile` and `fit` as ever. Each step looks at the batch
@@ -244,7 +244,7 @@ class LESAMModel(keras.Model):
 
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         self._statistics.update_state(statistics)
-        return {**logs, **self._statistics.result()}
+        return _workarounds.reducible({**logs, **self._statistics.result()})
 
     def _plain_train_step(self, data):
         """The stock step, to the last bit: nothing looks at its gradients.
@@ -255,7 +255,11 @@ class LESAMModel(keras.Model):
         logs = super().train_step(data)
         statistics = dict.fromkeys(self._statistics.names, 0.0)
         self._statistics.update_state({**statistics, "gradient_norm": math.nan})
-        return {**logs, **self._statistics.result()}
+        return _workarounds.reducible({**logs, **self._statistics.result()})
+
+    def test_step(self, data):
+        """The stock step."""
+        return _workarounds.reducible(super().test_step(data))
 
     def make_train_function(self, force=False):
         """As in Keras; one function for no budget at all, one for the rest.
@@ -421,10 +425,18 @@ class LESAMModel(keras.Model):
 
         An inner model with `compute_loss` or `compute_metrics` of its own is
         compiled along, without an optimizer, so that they can call `super()`.
+
+        Raises:
+            ValueError: for what Keras cannot do on several replicas: gradient
+                accumulation, several steps per execution, XLA.
         """
         if self._curvature == "hvp":
             # What jit_compile="auto" goes by.
             self.supports_jit = not _workarounds.has_max_pooling(self.model)
+        given = inspect.signature(super().compile).bind(*args, **kwargs)
+        _workarounds.refuse_limits_of_keras(
+            self.distribute_strategy, given.arguments
+        )
         super().compile(*args, **kwargs)
         self._built_for_training = False
         self._train_functions.clear()
@@ -651,6 +663,14 @@ def _check_model(model):
             f"{type(model).__name__}"
         )
     _delegation.refuse_custom_steps(model)
+    here = tf.distribute.get_strategy().num_replicas_in_sync
+    there = model.distribute_strategy.num_replicas_in_sync
+    if model.built and here != there:
+        raise ValueError(
+            "`model` and LESAMModel must be made in the same "
+            "`strategy.scope()`. Received: a model of "
+            f"{there} replicas, outside of a scope of as many"
+        )
 
 
 def _check_shares(sigma, warmup, anneal):

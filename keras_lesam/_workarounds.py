@@ -36,6 +36,72 @@ def synchronizes_replicas(model):
     )
 
 
+def is_multi_worker(strategy):
+    """Whether some replicas are in other processes."""
+    return (
+        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        and len(strategy.extended.worker_devices)
+        < strategy.num_replicas_in_sync
+    )
+
+
+class MultiWorkerModel(keras.Model):
+    """A `keras.Model` that can be trained by several workers.
+
+    Keras 3 builds a model from the mean of a batch over replicas, taken
+    eagerly, which workers cannot do together, and takes the mean of scalar
+    logs along an axis that scalars do not have:
+    https://github.com/keras-team/keras/issues/20585
+    """
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        strategy = self.distribute_strategy
+        if iterator is not None and is_multi_worker(strategy):
+            _, _, batches = next(iter(iterator))
+            data_batch = keras.tree.map_structure(
+                lambda leaf: strategy.experimental_local_results(leaf)[0],
+                next(batches),
+            )
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+
+def reducible(logs):
+    """Logs of which Keras can take the mean over workers; see above."""
+    if not is_multi_worker(tf.distribute.get_strategy()):
+        return logs
+    return keras.tree.map_structure(lambda v: tf.reshape(v, (1,)), logs)
+
+
+def refuse_limits_of_keras(strategy, compile_arguments):
+    """Raises `ValueError` for what Keras 3 cannot do on several replicas.
+
+    It ends in errors of TensorFlow, deep inside: gradient accumulation and
+    several steps per execution because replicas cannot meet in a branch, XLA
+    because a step would read variables of several devices. TPUs compile in
+    their own way: there, nothing is refused.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1 or isinstance(strategy, tf.distribute.TPUStrategy):
+        return
+    optimizer = compile_arguments.get("optimizer")
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    accumulated = getattr(optimizer, "gradient_accumulation_steps", None)
+    steps = compile_arguments.get("steps_per_execution", 1)
+    _refuse("gradient_accumulation_steps", accumulated, None, replicas)
+    _refuse("steps_per_execution", steps, 1, replicas)
+    if compile_arguments.get("jit_compile") is True:
+        _refuse("jit_compile", True, False, replicas)
+
+
+def _refuse(name, value, instead, replicas):
+    if value not in (instead, None):
+        raise ValueError(
+            f"Keras cannot do with `{name}` on {replicas} replicas; leave it "
+            f"{instead}. Received: {name}={value}"
+        )
+
+
 def map_with_masks(function, tensors):
     """`function(*tensors)`, and the same for the Keras masks they carry.
 

@@ -99,7 +99,7 @@ def traces(model):
 
 
 @functools.cache
-def mirrored(replicas=2):
+def mirrored(replicas):
     """One strategy for all tests of a process.
 
     The collectives of a second one would meet those of the first: in a group

@@ -238,7 +238,7 @@ def test_all_that_a_real_net_has(curvature, scope, policy):
     """Sparse gradients, batch norm of each replica, dropout, float16."""
     keras.config.set_dtype_policy(policy)
     x, y = np.random.randint(9, size=(64, 5)), np.random.randint(4, size=64)
-    strategy = mirrored()
+    strategy = mirrored(2)
     with strategy.scope():
         model = constant_lesam(
             noisy(), 0.05, perturbation_scope=scope, curvature=curvature
@@ -260,7 +260,7 @@ def test_no_budget_is_plain_training():
     data = classification_data(rows=64)
     weights = []
     for wrap in (lambda net: net, lambda net: constant_lesam(net, 0.0)):
-        with mirrored().scope():
+        with mirrored(2).scope():
             net = regularized_net()
             train(wrap(net), *data)
         weights.append(net.get_weights())

@@ -386,7 +386,7 @@ def test_product_under_distribution_is_of_the_global_loss(within):
     net = build()
     vectors = [rng.normal(size=v.shape) for v in net.trainable_variables]
     expected = flatten(hessian_vector_product(net, x, y, vectors))
-    strategy = mirrored()
+    strategy = mirrored(2)
     with strategy.scope():
         net = build()
         if within == "scope":

@@ -348,6 +348,17 @@ def test_secant_learns_the_curvature_of_a_quadratic():
         assert row["sharpness"] == pytest.approx(0.1, rel=1e-8)
 
 
+@pytest.mark.usefixtures("float64")
+def test_secant_never_climbs_further_than_to_first_order():
+    hessian = np.diag([-1.0, -1.0]).tolist()
+    model = quadratic(hessian, [1.0, 1.0], [-1.0, 2.0], curvature="secant")
+    rows = steps(model, 4)
+    assert memory(model)[0] == pytest.approx(-1.0)
+    for row in rows:
+        assert row["rho"] == pytest.approx(0.1 / row["gradient_norm"])
+        assert row["sharpness"] < 0.1
+
+
 def learn(state, seen, rho=0.5, slope=2.0, loss=1.0, dtype="float64"):
     """The memory after one step whose climb showed a curvature `seen`."""
     from types import SimpleNamespace
@@ -461,7 +472,7 @@ def test_secant_in_parts_is_that_over_replicas():
     options = {"curvature": "secant"}
     model = constant_lesam(dense_net(), num_batch_splits=2, **options)
     train(model, x, y, shuffle=False)
-    with mirrored().scope():
+    with mirrored(2).scope():
         replicated = constant_lesam(dense_net(), **options)
         train(replicated, x, y, shuffle=False)
     np.testing.assert_allclose(memory(replicated), memory(model), rtol=1e-6)
