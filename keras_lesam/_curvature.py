@@ -109,6 +109,8 @@ class Secant(FirstOrder):
         return tf.maximum(self._memory[0], 0)
 
     def learn(self, first, rho, rise):
+        if first.problem.shared:
+            rise = first.over_replicas(rise) / _passes.replicas(rise.dtype)
         slope = first.climb.slope
         linear = slope * rho
         seen = 2 * (rise - linear) / tf.square(rho)

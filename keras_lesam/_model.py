@@ -663,14 +663,17 @@ def _check_model(model):
             f"{type(model).__name__}"
         )
     _delegation.refuse_custom_steps(model)
-    here = tf.distribute.get_strategy().num_replicas_in_sync
-    there = model.distribute_strategy.num_replicas_in_sync
-    if model.built and here != there:
-        raise ValueError(
-            "`model` and LESAMModel must be made in the same "
-            "`strategy.scope()`. Received: a model of "
-            f"{there} replicas, outside of a scope of as many"
-        )
+    # A model that is not built yet will be, in the scope of the wrapper.
+    replicated = _passes.replicas() > 1
+    for variable in model.variables[:1]:
+        made = isinstance(variable.value, tf.distribute.DistributedValues)
+        if made != replicated:
+            raise ValueError(
+                "`model` and LESAMModel must be made in the same "
+                "`strategy.scope()`. Received: a model made "
+                f"{'in' if made else 'outside of'} the scope of one with "
+                "several replicas"
+            )
 
 
 def _check_shares(sigma, warmup, anneal):

@@ -103,8 +103,6 @@ def perturbed(problem, batch, sigma, state=()):
     gradients, rho, rise = _passes.either(
         problem.conditional, first.climb.rho > 0, two_passes, one_pass
     )
-    if problem.shared:
-        rise = first.over_replicas(rise) / _passes.replicas(rise.dtype)
     learnt = problem.curvature.learn(first, rho, rise)
     return first.step(gradients, rho, rise, learnt)
 

@@ -368,6 +368,7 @@ def learn(state, seen, rho=0.5, slope=2.0, loss=1.0, dtype="float64"):
     secant = _curvature.Secant(keras.Variable(state, dtype=dtype))
     scalar = lambda value: tf.constant(value, dtype)  # noqa: E731
     first = SimpleNamespace(
+        problem=SimpleNamespace(shared=False),
         climb=_rule.Climb([], scalar(rho), scalar(slope)),
         point=SimpleNamespace(loss=scalar(loss)),
     )

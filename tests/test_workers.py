@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_lesam
+
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 
 
@@ -81,13 +83,13 @@ def assert_same(found, expected, **tolerance):
     ("count", "options"),
     [
         (2, {"perturbation_scope": "replica", "curvature": "secant"}),
-        (2, {"perturbation_scope": "global", "curvature": "hvp"}),
-        (3, {"perturbation_scope": "global", "adaptive": True}),
+        (2, {"perturbation_scope": "global", "synchronized": True}),
+        (3, {"perturbation_scope": "global", "curvature": "hvp"}),
     ],
     ids=lambda value: value if isinstance(value, int) else value.values(),
 )
 def test_workers_are_a_mirror_in_several_processes(tmp_path, count, options):
-    """fit with validation, evaluate, predict; save and export by the chief."""
+    """Fit with validation, evaluate, predict; save and export by the chief."""
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     [expected] = finish([start(mirror, {"mirrored": count, **options})], mirror)
@@ -96,10 +98,10 @@ def test_workers_are_a_mirror_in_several_processes(tmp_path, count, options):
         assert_same(worker, found[0], rtol=0)
     assert_same(found[0], expected, rtol=1e-4, atol=1e-5)
     assert {"log_rho", "log_val_loss", "log_val_accuracy"} <= set(expected)
-    weights = [found[0][f"arr_{i}"] for i in range(8)]
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for a, b in zip(weights, loaded.model.get_weights()):
-        np.testing.assert_array_equal(a, b)
+    assert isinstance(loaded, keras_lesam.LESAMModel)
+    for i, weight in enumerate(loaded.model.get_weights()):
+        np.testing.assert_array_equal(weight, found[0][f"arr_{i}"])
     served = tf.saved_model.load(str(tmp_path / "exported"))
     assert served.serve(np.zeros((2, 6), "float32")).shape == (2, 4)
 

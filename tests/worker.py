@@ -76,13 +76,16 @@ def data():
     return x, rng.integers(4, size=ROWS)
 
 
-def new_model(**options):
+def new_model(synchronized=False, **options):
+    """Batch norm of its own each replica would have, as in Keras."""
     keras.utils.set_random_seed(0)
     net = keras.Sequential(
         [
             keras.Input((6,)),
             layers.Dense(8, "tanh", kernel_regularizer="l2"),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(synchronized=True)
+            if synchronized
+            else layers.LayerNormalization(),
             layers.Dense(4),
         ]
     )
