@@ -109,6 +109,11 @@ def mirrored(replicas):
     return tf.distribute.MirroredStrategy(devices)
 
 
+def kernels_only(variable):
+    """A choice of weights that prints the same in every process."""
+    return "kernel" in variable.path
+
+
 def constant_lesam(net, sigma=0.1, rho_max=None, **kwargs):
     """A LESAMModel with the same budget at every step, and no cap."""
     return LESAMModel(net, sigma, rho_max, **{**CONSTANT, **kwargs})

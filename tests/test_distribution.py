@@ -122,7 +122,7 @@ def test_four_replicas():
     """The two tests above, by momentum, in a process of their own."""
     finished = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-n0"),
             *(__file__, "-k", "one_device and momentum"),
         ],
         env={**os.environ, "REPLICAS": "4"},

@@ -1,5 +1,6 @@
 """The scripts under examples/, each once in its shortest form."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -7,25 +8,40 @@ import sys
 
 import pytest
 
+from tests.test_workers import free_ports
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(script, *arguments):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    return subprocess.run(
+def start(script, *arguments, **environment):
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        check=True,
-    ).stdout
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            **environment,
+        },
+    )
 
 
-@pytest.mark.parametrize("script", ["quickstart", "defaults", "speed"])
+def run(script, *arguments):
+    process = start(script, *arguments)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("quickstart", "defaults", "speed", "second_order", "curvature"),
+        *("distributed", "scaling"),
+    ],
+)
 def test_help(script):
     assert "usage:" in run(f"{script}.py", "--help")
 
@@ -50,6 +66,63 @@ def test_defaults(tmp_path):
     # Finished runs are not done again.
     assert run("defaults.py", *arguments) == first
     assert results.read_text().splitlines() == lines
+
+
+def test_second_order(tmp_path):
+    picture = tmp_path / "picture.png"
+    output = run(
+        *("second_order.py", "--quick", "--nets", "conv"),
+        *("--output", str(picture)),
+    )
+    for word in ("SGD", "none", "secant", "hvp", "gradient + rho H d"):
+        assert word in output
+    assert picture.stat().st_size > 10_000
+
+
+def test_curvature(tmp_path):
+    picture = tmp_path / "picture.png"
+    output = run("curvature.py", "--quick", "--output", str(picture))
+    for word in ("SGD", "SAM", "LE-SAM", "eigenvalues", "trace"):
+        assert word in output
+    assert picture.stat().st_size > 10_000
+
+
+def test_scaling():
+    output = run("scaling.py", "--quick", "--nets", "dense")
+    for word in ("replica", "global", "collectives"):
+        assert word in output
+
+
+def test_distributed_on_two_logical_cpus(tmp_path):
+    output = run(
+        *("distributed.py", "--logical-cpus", "2", "--epochs", "2"),
+        *("--scope", "global", "--folder", str(tmp_path)),
+    )
+    assert "MirroredStrategy of 2 replicas" in output
+    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
+
+
+def test_distributed_in_two_processes(tmp_path):
+    """Both exit well; the first one reports."""
+    workers = [
+        start("distributed.py", "--epochs", "2", "--folder", str(tmp_path), **c)
+        for c in cluster(2)
+    ]
+    outputs = [worker.communicate(timeout=200)[0] for worker in workers]
+    assert [w.returncode for w in workers] == [0, 0], outputs
+    assert "MultiWorkerMirroredStrategy of 2 replicas" in outputs[0]
+    assert "Test accuracy" in outputs[0]
+    assert "Test accuracy" not in outputs[1]
+    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
+
+
+def cluster(count):
+    """The environment of each worker."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    for index in range(count):
+        task = {"type": "worker", "index": index}
+        config = {"cluster": {"worker": addresses}, "task": task}
+        yield {"TF_CONFIG": json.dumps(config)}
 
 
 def test_speed():

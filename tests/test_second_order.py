@@ -18,6 +18,7 @@ from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
 from tests.helpers import dense_net
+from tests.helpers import kernels_only
 from tests.helpers import mirrored
 from tests.helpers import noisy_net
 from tests.helpers import traces
@@ -175,9 +176,9 @@ def test_the_cap_holds():
         {"adaptive": True},
         {"rho_max": 0.05},
         {"alpha": 0.3},
-        {"perturb": lambda variable: "kernel" in variable.path},
+        {"perturb": kernels_only},
     ],
-    ids=str,
+    ids="-".join,
 )
 @pytest.mark.parametrize("method", ["auto", "forward_over_reverse"])
 def test_training_agrees_with_the_oracle(options, method):
