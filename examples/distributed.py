@@ -35,11 +35,8 @@ def main():
     strategy = choose_strategy(args)
     chief = is_chief()
     if chief:
-        print(
-            f"{type(strategy).__name__} of {strategy.num_replicas_in_sync} "
-            "replicas",
-            flush=True,
-        )
+        replicas = strategy.num_replicas_in_sync
+        print(f"Replicas: {replicas} ({type(strategy).__name__})", flush=True)
     data = _common.load_mnist5k()
     with strategy.scope():
         model = new_model(args)

@@ -77,10 +77,8 @@ def loss_along(
 
     >>> import keras, numpy as np
     >>> from keras_lesam.landscape import loss_along
-    >>> layer = keras.layers.Dense(1, use_bias=False)
-    >>> layer.build((None, 1))
-    >>> layer.set_weights([[[0.0]]])
-    >>> model = keras.Sequential([keras.Input((1,)), layer])
+    >>> model = keras.Sequential([keras.layers.Dense(
+    ...     1, use_bias=False, kernel_initializer="zeros")])
     >>> model.compile(loss="mse")
     >>> x, y = np.ones((4, 1)), np.zeros((4, 1))
     >>> loss_along(model, x, y, direction=[[[1.0]]], distances=[-2, 0, 1],

@@ -255,7 +255,8 @@ def test_any_number_is_taken_or_refused(name, value):
     good &= value > 0 or name not in ("rho_max", "ascent_fraction")
     arguments = {"warmup": 0.0, "anneal": 0.0, name: value}
     if good:
-        assert getattr(LESAMModel(NET[0], **arguments), name) == value
+        kept = getattr(LESAMModel(NET[0], **arguments), name)
+        assert kept == float(value)
     else:
         with pytest.raises(ValueError, match=f"Received: {name}="):
             LESAMModel(NET[0], **arguments)

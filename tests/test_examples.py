@@ -98,7 +98,7 @@ def test_distributed_on_two_logical_cpus(tmp_path):
         *("distributed.py", "--logical-cpus", "2", "--epochs", "2"),
         *("--scope", "global", "--folder", str(tmp_path)),
     )
-    assert "MirroredStrategy of 2 replicas" in output
+    assert "Replicas: 2 (MirroredStrategy)" in output
     assert (tmp_path / "saved_model" / "saved_model.pb").exists()
 
 
@@ -110,7 +110,7 @@ def test_distributed_in_two_processes(tmp_path):
     ]
     outputs = [worker.communicate(timeout=200)[0] for worker in workers]
     assert [w.returncode for w in workers] == [0, 0], outputs
-    assert "MultiWorkerMirroredStrategy of 2 replicas" in outputs[0]
+    assert "Replicas: 2" in outputs[0]
     assert "Test accuracy" in outputs[0]
     assert "Test accuracy" not in outputs[1]
     assert (tmp_path / "saved_model" / "saved_model.pb").exists()
