@@ -162,10 +162,10 @@ def tell(found, args):
         )
     print(
         f"\nOne run of each, seed {args.seed}. Hessian of the training loss "
-        f"over {args.samples} digits, wrong labels\nincluded, by all weights; "
-        f"SAM's radius {RHO}, LE-SAM's budget {SIGMA}, neither of them tuned. "
-        "A net that is sure of all labels has\na small loss and, with "
-        "crossentropy, for that reason alone a small Hessian."
+        f"over {args.samples} digits, wrong labels\nincluded, by all weights. "
+        f"SAM's radius {RHO}, LE-SAM's budget {SIGMA}; neither was tuned.\n"
+        "A net that is sure of all labels has a small loss and, with "
+        "crossentropy, for that\nreason alone a small Hessian."
     )
 
 

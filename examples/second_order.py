@@ -122,11 +122,11 @@ def main():
             histories[net, method] = runs[0]["history"]
     print(
         f"\nMeans over {len(args.seeds)} seeds, sigma {args.sigma}, "
-        f"{args.epochs} epochs of {args.rows} digits, a share of "
-        f"{args.wrong_labels} of them with a\nwrong label. Error: of an epoch, "
-        "|sharpness / sigma - 1|; rho: over all epochs, and in the last one "
-        "before the budget is annealed;\ntop eigenvalue: of the training "
-        "loss, in the end; cost: median ratio of the times of epochs that\n"
+        f"{args.epochs} epochs of {args.rows} digits, "
+        f"{args.wrong_labels:.0%} of them with a\nwrong label. Error: of an "
+        "epoch, |sharpness / sigma - 1|; rho: over all epochs, and in the\n"
+        "last before the budget is annealed; top eigenvalue: of the training "
+        "loss, in the end;\ncost: median ratio of the times of epochs that "
         "take turns."
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +155,7 @@ def parse_args():
         help="the picture",
     )
     args = parser.parse_args()
+    args.rounds = 2 if args.quick else 7
     if args.quick:
         args.seeds, args.epochs, args.rows = args.seeds[:1], 4, 512
     return args
@@ -176,13 +177,13 @@ def new_model(net, method, data, args):
     return inner, model
 
 
-def measure_costs(net, data, args, rounds=7):
-    """Epochs of all methods in turns; ratios to SGD's times."""
+def measure_costs(net, data, args):
+    """Epochs of all methods in turns; median ratios to SGD's times."""
     methods = dict.fromkeys(["SGD", *args.methods])
     models = {m: new_model(net, m, data, args)[1] for m in methods}
     watches = {m: _common.Stopwatch() for m in methods}
     rows = slice(10 * BATCH_SIZE)
-    for _ in range(1 + rounds):
+    for _ in range(1 + args.rounds):
         for method, model in models.items():
             model.fit(
                 *(data.x_train[rows], data.y_train[rows]),
@@ -272,7 +273,10 @@ def draw(histories, args):
             axis.set_ylim(0, None)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(title="curvature", frameon=False)
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        lines, names, loc="outside upper center", ncols=4, frameon=False
+    )
     figure.savefig(args.output, dpi=160)
     plt.close(figure)
 

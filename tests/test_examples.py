@@ -73,8 +73,9 @@ def test_second_order(tmp_path):
     output = run(
         *("second_order.py", "--quick", "--nets", "conv"),
         *("--output", str(picture)),
+        *("--methods", "SGD", "secant", "gradient + rho H d"),
     )
-    for word in ("SGD", "none", "secant", "hvp", "gradient + rho H d"):
+    for word in ("SGD", "secant", "gradient + rho H d"):
         assert word in output
     assert picture.stat().st_size > 10_000
 
