@@ -157,17 +157,18 @@ def losses_around(net, loss, x, y, directions, distances, seed=0):
         y: Targets.
         directions: Integer, how many.
         distances: Sequence of floats, the multiples of a direction to go.
-        seed: Integer, of the directions.
+        seed: Integer, of the first direction.
 
     Returns:
         Array (directions, distances).
     """
-    rng = np.random.default_rng(seed)
+    from keras_lesam import landscape
+
     loss_at = _loss_of_weights(net, loss, tf.constant(x), tf.constant(y))
     weights = [keras.ops.convert_to_numpy(w) for w in net.trainable_variables]
     losses = []
-    for _ in range(directions):
-        direction = [_random_like(w, rng) for w in weights]
+    for i in range(directions):
+        direction = landscape.filter_normalized_direction(net, seed + i)
         points = (
             [w + t * d for w, d in zip(weights, direction)] for t in distances
         )
@@ -185,13 +186,3 @@ def _loss_of_weights(net, loss, x, y):
         return loss(y, outputs)
 
     return loss_at
-
-
-def _random_like(kernel, rng):
-    """Filters of random directions, each of the norm of that in `kernel`."""
-    if kernel.ndim < 2:
-        return np.zeros_like(kernel)
-    filters = kernel.reshape(-1, kernel.shape[-1])
-    random = rng.normal(size=filters.shape).astype(kernel.dtype)
-    random *= np.linalg.norm(filters, axis=0) / np.linalg.norm(random, axis=0)
-    return random.reshape(kernel.shape)
