@@ -22,7 +22,9 @@ import keras as _keras
 
 _require_tensorflow(_keras.config.backend())
 
+from keras_lesam import rules
 from keras_lesam._model import LESAMModel
+from keras_lesam._sam import SAMModel
 from keras_lesam._version import __version__
 
-__all__ = ["LESAMModel", "__version__"]
+__all__ = ["LESAMModel", "SAMModel", "__version__", "rules"]

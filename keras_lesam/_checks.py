@@ -4,8 +4,18 @@ import math
 import numbers
 import sys
 
+import keras
 
-def number(name, value, minimum=-math.inf, maximum=math.inf, *, above=False):
+
+def number(
+    name,
+    value,
+    minimum=-math.inf,
+    maximum=math.inf,
+    *,
+    above=False,
+    below=False,
+):
     """A finite real number in [minimum, maximum] as a float.
 
     Args:
@@ -14,6 +24,7 @@ def number(name, value, minimum=-math.inf, maximum=math.inf, *, above=False):
         minimum: Smallest value allowed; itself refused if `above`.
         maximum: Largest value allowed.
         above: Whether the interval is open at `minimum`.
+        below: Whether it is open at `maximum`.
 
     Raises:
         TypeError: if `value` is not a real number.
@@ -26,11 +37,12 @@ def number(name, value, minimum=-math.inf, maximum=math.inf, *, above=False):
             f"of type {type(value).__name__}"
         )
     too_low = value <= minimum if above else value < minimum
+    too_high = value >= maximum if below else value > maximum
     # An int may be larger than any float; nan compares false.
     finite = abs(value) <= sys.float_info.max
-    if not finite or too_low or value > maximum:
+    if not finite or too_low or too_high:
         raise ValueError(
-            f"`{name}` must be {_interval(minimum, maximum, above)}. "
+            f"`{name}` must be {_interval(minimum, maximum, above, below)}. "
             f"Received: {name}={value!r}"
         )
     return float(value)
@@ -93,8 +105,13 @@ def _scalar(value):
     )
 
 
-def _interval(minimum, maximum, above):
+def is_schedule(value):
+    """Whether it is a schedule, from the step to a number."""
+    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+
+
+def _interval(minimum, maximum, above, below):
     low = f"{'greater than' if above else 'at least'} {minimum:g}"
     if math.isinf(maximum):
         return f"finite and {low}"
-    return f"{low} and at most {maximum:g}"
+    return f"{low} and {'less than' if below else 'at most'} {maximum:g}"

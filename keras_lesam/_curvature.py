@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_lesam import _hessian
 from keras_lesam import _passes
+from keras_lesam import _rule
 
 
 class FirstOrder:
@@ -28,12 +29,12 @@ class FirstOrder:
         return None
 
     def learn(self, first, rho, rise):
-        """What the next step may know of this one: a tensor, or `None`.
+        """What the next step may know of this one, a list of `Step.learnt`.
 
         The climb from `first` was of length `rho`; the loss rose by `rise`.
         """
         del first, rho, rise
-        return None
+        return []
 
 
 class Exact(FirstOrder):
@@ -57,9 +58,9 @@ class Exact(FirstOrder):
             # Where there is no budget there is nothing to know.
             scaled = _passes.either(
                 first.problem.conditional,
-                first.sigma > 0,
+                first.budget > 0,
                 lambda: self._measure(first, direction),
-                lambda: tf.zeros_like(first.sigma),
+                lambda: tf.zeros_like(first.budget),
             )
             return first.over_replicas(scaled) / first.scale
 
@@ -67,7 +68,7 @@ class Exact(FirstOrder):
 
     def _measure(self, first, direction):
         """`d.(H d)` of the scaled loss."""
-        dtype = first.sigma.dtype
+        dtype = first.budget.dtype
         here = (first.problem.model, first.weights, first.batch)
         if self.method == _hessian.FORWARD_OVER_REVERSE:
             products = _hessian.product(
@@ -77,7 +78,7 @@ class Exact(FirstOrder):
             products = _hessian.differentiate(
                 first.tape, first.gradients, first.weights, direction
             )
-        return _hessian.dot(direction, products, dtype)
+        return _rule.dot(direction, products, dtype)
 
 
 class Secant(FirstOrder):
@@ -100,6 +101,7 @@ class Secant(FirstOrder):
     CLIP = 3.0
 
     def __init__(self, memory):
+        self._variable = memory
         self._memory = tf.convert_to_tensor(memory.value)
 
     def along(self, first):
@@ -121,7 +123,7 @@ class Secant(FirstOrder):
         # A curvature of s / rho raises the rise by half: a hundredth of it
         # is little, and keeps the deviation from getting stuck at 0.
         seen = self._average(seen, least=0.01 * slope / rho)
-        return tf.where(known, seen, self._memory)
+        return [(self._variable, tf.where(known, seen, self._memory))]
 
     def _average(self, seen, least):
         mean, deviation = self._memory[0], self._memory[1]

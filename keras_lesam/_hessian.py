@@ -104,16 +104,6 @@ def dense(gradients):
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
-def dot(vectors, others, dtype):
-    """The inner product of two lists of tensors, summed in `dtype`."""
-    products = [
-        tf.reduce_sum(tf.cast(v, dtype) * tf.cast(o, dtype))
-        for v, o in zip(vectors, others)
-        if v is not None and o is not None
-    ]
-    return tf.add_n(products) if products else tf.zeros((), dtype)
-
-
 def operations(model, batch):
     """Types of the operations that a pass forward is made of, as a set."""
     weights = _passes.read(model.trainable_variables)

@@ -3,6 +3,7 @@
 Works on a compiled model, a rule and the passes; knows nothing of `fit`.
 """
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -11,7 +12,11 @@ import tensorflow as tf
 
 from keras_lesam import _curvature
 from keras_lesam import _passes
+from keras_lesam import _rule
 from keras_lesam import _workarounds
+
+# What `perturbed_from_memory` keeps: the mean gradient of the steps before.
+AHEAD = "ahead"
 
 
 class Step(NamedTuple):
@@ -25,8 +30,9 @@ class Step(NamedTuple):
         outputs: The model's outputs at the weights.
         state: List of `(variable, tensor)` to commit.
         statistics: Dict of scalar tensors: `rho`, `gradient_norm`,
-            `sharpness`, `sigma`.
-        learnt: What `Problem.curvature` has learnt, a tensor, or `None`.
+            `sharpness`, `sigma` (the budget).
+        learnt: List of `(variable, tensor)`, what the next step may know of
+            this one: a mean over parts and replicas.
     """
 
     gradients: list
@@ -35,7 +41,7 @@ class Step(NamedTuple):
     outputs: Any
     state: list
     statistics: dict
-    learnt: Any = None
+    learnt: list
 
 
 class Problem(NamedTuple):
@@ -51,6 +57,10 @@ class Problem(NamedTuple):
             if not, each climbs by itself.
         conditional: Whether a pass that is not needed is left out at run
             time; if not, it is made, and its result is not used.
+        memory: Dict from names to what is kept for each weight: lists like
+            the weights, of variables, or `None` where nothing is.
+        between: Bool scalar tensor, whether this is a step between two
+            climbs; `None` if there are none.
     """
 
     model: keras.Model
@@ -59,76 +69,106 @@ class Problem(NamedTuple):
     curvature: Any
     shared: bool = False
     conditional: bool = True
+    memory: dict = {}
+    between: Any = None
 
 
-def plain(problem, batch, sigma, state=()):
+def plain(problem, batch, budget, state=()):
     """The step of plain training; the slope is logged all the same.
 
     Args:
         problem: A `Problem`.
         batch: A `_passes.Batch`.
-        sigma: Scalar tensor, the budget in loss units; taken for 0.
+        budget: Scalar tensor, how much the rule may climb; taken for 0.
         state: List of `(variable, tensor)` to start from.
 
     Returns:
         A `Step`.
     """
     problem = problem._replace(curvature=_curvature.FirstOrder())
-    first = _FirstPass(problem, batch, tf.zeros_like(sigma), state)
+    first = _FirstPass(problem, batch, tf.zeros_like(budget), state)
     return first.step(first.point.gradients)
 
 
-def perturbed(problem, batch, sigma, state=()):
+def perturbed(problem, batch, budget, state=()):
     """Two passes over one batch; one where there is nothing to climb.
 
     Arguments and result are those of `plain`.
     """
-    first = _FirstPass(problem, batch, sigma, state)
+    first = _FirstPass(problem, batch, budget, state)
 
     def two_passes():
         second = first.second_pass(batch)
-        rise = tf.cast(second.loss - first.point.loss, sigma.dtype)
+        rise = tf.cast(second.loss - first.point.loss, budget.dtype)
         # Where the climb ends at no loss at all, do not follow it.
         return _passes.either(
             problem.conditional,
             tf.math.is_finite(rise),
-            lambda: (first.descend(second), first.climb.rho, rise),
+            lambda: (first.follow(second), first.climb.rho, rise),
             one_pass,
         )
 
     def one_pass():
-        zero = tf.zeros_like(sigma)
-        return first.descend(first.point), zero, zero
+        zero = tf.zeros_like(budget)
+        return first.follow(first.point), zero, zero
 
     gradients, rho, rise = _passes.either(
         problem.conditional, first.climb.rho > 0, two_passes, one_pass
     )
-    learnt = problem.curvature.learn(first, rho, rise)
-    return first.step(gradients, rho, rise, learnt)
+    return first.step(gradients, rho, rise)
 
 
-def perturbed_from_share(problem, batch, sigma, state=(), *, share):
+def perturbed_from_share(problem, batch, budget, state=(), *, share):
     """Two passes, the first of which sees only a share of the rows.
 
     Arguments and result are those of `plain`; `share` is in (0, 1]. The
     sharpness is not known: the two losses are of different rows.
     """
     rows = _share_of_rows(_passes.count_rows(batch), share)
-    first = _FirstPass(problem, _passes.take_rows(batch, 0, rows), sigma, state)
+    part = _passes.take_rows(batch, 0, rows)
+    first = _FirstPass(problem, part, budget, state)
     # Even at rho = 0: the gradient of the whole batch is still to come.
     second = first.second_pass(batch)
     if not problem.conditional:
-        return first.step(first.descend(second), first.climb.rho)
+        return first.step(first.follow(second), first.climb.rho)
     # Where the climb ends at no loss at all, the share's gradient must do.
     gradients, rho = tf.cond(
         tf.math.is_finite(second.loss),
-        lambda: (first.descend(second), first.climb.rho),
-        lambda: (first.descend(first.point), tf.zeros_like(sigma)),
+        lambda: (first.follow(second), first.climb.rho),
+        lambda: (first.follow(first.point), tf.zeros_like(budget)),
     )
     return first.step(gradients, rho)
 
 
-def in_parts(step, parts, problem, batch, sigma):
+def perturbed_from_memory(problem, batch, budget, state=(), *, decay):
+    """One pass, at `w + eps`, along the gradients of the steps before.
+
+    Arguments and result are those of `plain`. Loss, outputs and state are
+    those of the one pass. `problem.memory[AHEAD]` is the running mean of the
+    gradients, which forgets a share of 1 - `decay` in each step: `decay` 0 is
+    the gradient of the step before.
+    """
+    model = problem.model
+    weights = _passes.read(model.trainable_variables)
+    means = _read_memory(problem)[AHEAD]
+    climb = problem.rule.climb(means, weights, budget)
+    moved = _moved(weights, climb.perturbation)
+    point = _passes.evaluate(model, moved, batch, state)
+    scale = _passes.gradient_scale(model.optimizer)
+    found = _rule.running_mean(means, _unscaled(point.gradients, scale), decay)
+    statistics = {"rho": climb.rho, "gradient_norm": climb.slope}
+    return Step(
+        gradients=point.gradients,
+        batch=batch,
+        loss=point.loss,
+        outputs=point.outputs,
+        state=point.state,
+        statistics={**statistics, "sigma": budget},
+        learnt=_pairs(problem.memory, {AHEAD: found}),
+    )
+
+
+def in_parts(step, parts, problem, batch, budget):
     """m-sharpness: a step for each part of the batch, one update.
 
     The update is the mean of the parts' gradients, as it is over replicas;
@@ -140,7 +180,7 @@ def in_parts(step, parts, problem, batch, sigma):
         parts: Int, the number of parts.
         problem: A `Problem`.
         batch: A `_passes.Batch`.
-        sigma: Scalar tensor, the budget in loss units.
+        budget: Scalar tensor, how much the rule may climb.
 
     Returns:
         A `Step`.
@@ -148,7 +188,7 @@ def in_parts(step, parts, problem, batch, sigma):
     steps, shares, state = [], [], {}
     for start, stop, share in _parts(_passes.count_rows(batch), parts):
         part = _passes.take_rows(batch, start, stop)
-        steps.append(step(problem, part, sigma, list(state.values())))
+        steps.append(step(problem, part, budget, list(state.values())))
         shares.append(share)
         state.update({id(v): (v, value) for v, value in steps[-1].state})
     batch, outputs = _join([(s.batch, s.outputs) for s in steps], shares)
@@ -166,33 +206,34 @@ def in_parts(step, parts, problem, batch, sigma):
             name: _mean([s.statistics[name] for s in steps], shares)
             for name in steps[0].statistics
         },
-        learnt=None
-        if steps[0].learnt is None
-        else _mean([s.learnt for s in steps], shares),
+        learnt=[
+            (found[0][0], _mean([value for _, value in found], shares))
+            for found in zip(*(s.learnt for s in steps))
+        ],
     )
 
 
 class _FirstPass:
     """The first pass and the climb that follows from it."""
 
-    def __init__(self, problem, batch, sigma, state):
+    def __init__(self, problem, batch, budget, state):
         self.problem, self.batch = problem, batch
-        self.sigma, self.state = sigma, state
+        self.budget, self.state = budget, state
         model = problem.model
         self.weights = _passes.read(model.trainable_variables)
+        self.memory = _read_memory(problem)
         scale = _passes.loss_scale if problem.shared else _passes.gradient_scale
-        self.scale = tf.cast(scale(model.optimizer), sigma.dtype)
+        self.scale = tf.cast(scale(model.optimizer), budget.dtype)
         with problem.curvature.recording(self.weights) as self.tape:
             self.point = _passes.evaluate(model, self.weights, batch, state)
             # Of the weights that move, without repeated rows.
-            self.gradients = [
-                _dense(g) if moves and g is not None else None
-                for g, moves in zip(self.point.gradients, problem.perturbed)
-            ]
+            self.gradients = _of_those_that_move(problem, self.point.gradients)
         self.climb = problem.rule.climb(
-            self.over_replicas(self.gradients),
+            problem.rule.ascent(
+                self.over_replicas(self.gradients), self.scale, self.memory
+            ),
             self.weights,
-            sigma,
+            budget,
             self.scale,
             problem.curvature.along(self),
         )
@@ -211,37 +252,33 @@ class _FirstPass:
 
     def second_pass(self, batch):
         """The model at `w + eps`, from the same state."""
-        weights = [
-            w if eps is None else w + eps
-            for w, eps in zip(self.weights, self.climb.perturbation)
-        ]
+        weights = _moved(self.weights, self.climb.perturbation)
         return _passes.evaluate(self.problem.model, weights, batch, self.state)
 
-    def descend(self, point):
-        """`g_hat` for every weight, from the gradients at `point`."""
-        return [
-            self._descend(g, h, variable)
+    def follow(self, point):
+        """The gradients at `point`, and for what is no weight those here."""
+        followed = [
+            h if _passes.is_weight(variable) else g
             for g, h, variable in zip(
-                self.point.gradients,
-                point.gradients,
-                self.problem.model.trainable_variables,
+                self.point.gradients, point.gradients, self._variables
             )
         ]
+        return _all_dense(followed) if self._looks_at_both else followed
 
-    def _descend(self, gradient, other, variable):
-        if gradient is None or not _passes.is_weight(variable):
-            return gradient
-        if not self.problem.rule.alpha:
-            return other
-        if other is gradient:
-            return _dense(gradient)
-        gradient, other = _dense(gradient), _dense(other)
-        g_hat = self.problem.rule.descent(other, gradient)
-        # A climb of no length is a plain step, all of it.
-        return tf.where(self.climb.rho > 0, g_hat, other)
+    def step(self, gradients, rho=None, rise=None):
+        """The step that ends with the `gradients` found by `follow`.
 
-    def step(self, gradients, rho=None, rise=None, learnt=None):
-        zero = tf.zeros_like(self.sigma)
+        Of a climb of length `rho` along which the loss rose by `rise`.
+        """
+        zero = tf.zeros_like(self.budget)
+        learnt = []
+        if rho is None:
+            rho = zero
+        if rise is not None:
+            learnt += self.problem.curvature.learn(self, rho, rise)
+        if self._looks_at_both:
+            gradients, remembered = self._look_at_both(gradients, rho > 0)
+            learnt += _pairs(self.problem.memory, remembered)
         return Step(
             gradients=gradients,
             batch=self.batch,
@@ -249,13 +286,155 @@ class _FirstPass:
             outputs=self.point.outputs,
             state=self.point.state,
             statistics={
-                "rho": zero if rho is None else rho,
+                "rho": rho,
                 "gradient_norm": self.climb.slope,
                 "sharpness": zero if rise is None else rise,
-                "sigma": self.sigma,
+                "sigma": self.budget,
             },
             learnt=learnt,
         )
+
+    @property
+    def _variables(self):
+        return self.problem.model.trainable_variables
+
+    @property
+    def _looks_at_both(self):
+        """Whether the rule wants more of the gradients than the second."""
+        return bool(self.problem.rule.combines or self.problem.rule.keeps)
+
+    def _look_at_both(self, perturbed, climbed):
+        """`g_hat`, and what the rule remembers.
+
+        Outside of any branch: replicas may have to meet for it.
+        """
+        rule, memory = self.problem.rule, self.memory
+        plain = _all_dense(self.point.gradients)
+        products = _Products(self, plain, perturbed)
+        scale = _passes.gradient_scale(self.problem.model.optimizer)
+        remembered = rule.remember(
+            memory,
+            _unscaled(self._weights_only(plain), scale),
+            _unscaled(self._weights_only(perturbed), scale),
+            products,
+            climbed,
+        )
+        gradients = perturbed
+        if rule.combines:
+            gradients = self._combine(perturbed, plain, products, climbed)
+        if self.problem.between is not None:
+            gradients = self._reuse(gradients, products.totals[0])
+        return gradients, remembered
+
+    def _combine(self, perturbed, plain, products, climbed):
+        """`a h + b g`; a climb of no length is a plain step, all of it."""
+        a, b = self.problem.rule.descent(products)
+        return [
+            h
+            if g is None or not _passes.is_weight(variable)
+            else tf.where(climbed, _times(a, h) + _times(b, g), h)
+            for h, g, variable in zip(perturbed, plain, self._variables)
+        ]
+
+    def _reuse(self, gradients, plain):
+        """With what an earlier climb has found, in a step between."""
+        found = self.problem.rule.reuse(plain, self.memory, self.budget.dtype)
+        if found is None:
+            return gradients
+        replicas = _passes.replicas() if self.problem.shared else 1
+        return [
+            g
+            if g is None or v is None
+            else g + _rule.or_zero(v / replicas, self.problem.between)
+            for g, v in zip(gradients, found)
+        ]
+
+    def _weights_only(self, tensors):
+        return [
+            t if _passes.is_weight(variable) else None
+            for t, variable in zip(tensors, self._variables)
+        ]
+
+
+class _Products:
+    """Inner products of the two gradients of a step, made when looked at.
+
+    Over all weights, and over the replicas where those climb as one.
+    """
+
+    def __init__(self, first, plain, perturbed):
+        self._first, self._gradients = first, (plain, perturbed)
+
+    @functools.cached_property
+    def totals(self):
+        """The plain gradients and the perturbed ones, two lists."""
+        weights = [self._first._weights_only(g) for g in self._gradients]
+        return self._first.over_replicas(weights)
+
+    def _dot(self, i, j):
+        dtype = self._first.budget.dtype
+        return _rule.dot(self.totals[i], self.totals[j], dtype)
+
+    @functools.cached_property
+    def inner(self):
+        return self._dot(0, 1)
+
+    @functools.cached_property
+    def plain(self):
+        return self._dot(0, 0)
+
+    @functools.cached_property
+    def perturbed(self):
+        return self._dot(1, 1)
+
+
+def _read_memory(problem):
+    return {
+        name: [
+            None if v is None else tf.convert_to_tensor(v.value) for v in kept
+        ]
+        for name, kept in problem.memory.items()
+    }
+
+
+def _pairs(memory, found):
+    """`(variable, tensor)` of all that is kept."""
+    return [
+        (variable, value)
+        for name, kept in memory.items()
+        for variable, value in zip(kept, found[name])
+        if variable is not None
+    ]
+
+
+def _moved(weights, perturbation):
+    """`w + eps`."""
+    return [
+        w if eps is None else w + eps for w, eps in zip(weights, perturbation)
+    ]
+
+
+def _of_those_that_move(problem, gradients):
+    return [
+        _dense(g) if moves and g is not None else None
+        for g, moves in zip(gradients, problem.perturbed)
+    ]
+
+
+def _unscaled(gradients, scale):
+    """Gradients of the loss, from those of `scale` times the loss."""
+    return [
+        None if g is None else _dense(g) / tf.cast(scale, g.dtype)
+        for g in gradients
+    ]
+
+
+def _all_dense(gradients):
+    return [None if g is None else _dense(g) for g in gradients]
+
+
+def _times(factor, tensor):
+    return tf.cast(factor, tensor.dtype) * tensor
 
 
 def _dense(gradient):

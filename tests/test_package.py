@@ -22,7 +22,9 @@ MODULES = ["keras_lesam"] + [
 ]
 
 # The modules that users call.
-WITH_EXAMPLES = ("_model", "callbacks", "curvature", "landscape")
+WITH_EXAMPLES = (
+    *("_model", "_sam", "callbacks", "curvature", "landscape", "rules"),
+)
 
 
 def start_python(code, *arguments, cwd, **environment):

@@ -174,19 +174,23 @@ ARGUMENTS = {
     "alpha": 0.25,
     "num_batch_splits": 2,
     "ascent_fraction": 0.5,
+    "ascent_every": 3,
     "perturb": is_kernel,
     "name": "climber",
 }
 COSINE = keras.optimizers.schedules.CosineDecay(
     0.0, 100, warmup_target=0.2, warmup_steps=10
 )
+# It excludes some of the others.
+ONE_PASS = {"ascent_from": "momentum"}
 WITH_SCHEDULE = {"sigma": COSINE, "rho_max": 0.07}
 
 
 def test_the_arguments_below_are_all_and_not_the_defaults():
     parameters = inspect.signature(LESAMModel).parameters
-    assert set(parameters) == {*ARGUMENTS, "model"}
-    assert all(parameters[n].default != ARGUMENTS[n] for n in ARGUMENTS)
+    assert set(parameters) == {*ARGUMENTS, *ONE_PASS, "model"}
+    given = {**ARGUMENTS, **ONE_PASS}
+    assert all(parameters[n].default != given[n] for n in given)
     config = LESAMModel(dense_net()).get_config()
     assert set(config) == set(parameters)
 

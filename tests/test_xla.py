@@ -25,6 +25,8 @@ OPTIONS = [
     {"curvature": "secant"},
     {"num_batch_splits": 3},
     {"ascent_fraction": 0.5},
+    {"ascent_every": 2},
+    {"ascent_from": "momentum"},
     {"perturb": kernels_only},
     {"warmup": 0.5, "anneal": 0.2, "total_steps": 10},
     {"perturbation_scope": "global"},

@@ -1,0 +1,203 @@
+"""The methods: how each wraps a net, and the settings it may choose from.
+
+All have six settings. Plain training chooses learning rate and weight decay,
+which the others take over; their own six are of the numbers that are theirs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_lesam import LESAMModel
+from keras_lesam import SAMModel
+from keras_lesam import rules
+
+PLAIN = "plain"
+SAM = "SAM"
+LESAM = "LE-SAM"
+
+_RHOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+_SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: String.
+        wrap: Callable from a net and a setting to the model to fit.
+        settings: List of dicts to choose from.
+        budget: Name of the attribute of the model, and of the entry of a
+            setting, that may change without building the model anew; or
+            `None`.
+        cost: Float, roughly the plain steps in a step, for the time left.
+    """
+
+    name: str
+    wrap: Callable[[Any, dict], Any]
+    settings: list
+    budget: str | None = "rho"
+    cost: float = 1.8
+
+
+def _grid(**values):
+    """All combinations, as dicts."""
+    found = [{}]
+    for name, choices in values.items():
+        found = [{**f, name: choice} for f in found for choice in choices]
+    return found
+
+
+def plain(adam):
+    """Plain training, which chooses learning rate and weight decay."""
+    rates = (0.001, 0.002, 0.004) if adam else (0.03, 0.1, 0.3)
+    decays = (0.01, 0.1) if adam else (0.0, 0.005)
+    settings = _grid(learning_rate=rates, weight_decay=decays)
+    return Method(PLAIN, lambda net, _: net, settings, budget=None, cost=1.0)
+
+
+def _sam_rule(name, rule, **values):
+    def wrap(net, setting):
+        return SAMModel(net, rule(**setting))
+
+    return Method(name, wrap, _grid(**values))
+
+
+def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
+    """A `Method` of `LESAMModel` with these options."""
+
+    def wrap(net, setting):
+        return LESAMModel(net, setting["sigma"], **options)
+
+    return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
+
+
+METHODS = [
+    _sam_rule(SAM, rules.SAM, rho=_RHOS),
+    _sam_rule("ASAM", rules.ASAM, rho=(0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
+    _sam_rule("GSAM", rules.GSAM, alpha=(0.1, 0.4), rho=(0.05, 0.1, 0.2)),
+    _sam_rule(
+        "Friendly SAM", rules.FriendlySAM, decay=(0.6, 0.9), rho=(0.1, 0.2, 0.4)
+    ),
+    lesam(LESAM),
+    lesam("LE-SAM secant", curvature="secant"),
+    lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
+]
+
+
+# What pays less. All have LE-SAM's six budgets, or SAM's six radii.
+
+
+def is_of_normalization(variable):
+    """Scales and offsets of normalization layers (SAM-ON)."""
+    return variable.name in ("gamma", "beta")
+
+
+class Window(keras.optimizers.schedules.LearningRateSchedule):
+    """A budget in one window of the training, and 0 outside of it.
+
+    Args:
+        budget: Float.
+        start: Integer, the first step with a budget.
+        stop: Integer, the first one without.
+        warmup: Integer, the steps over which it rises.
+    """
+
+    def __init__(self, budget, start, stop, warmup):
+        self.budget, self.start, self.stop = budget, start, stop
+        self.warmup = warmup
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32")
+        rise = keras.ops.clip((step - self.start) / self.warmup, 0.0, 1.0)
+        inside = keras.ops.cast(step < self.stop, "float32")
+        return self.budget * rise * inside
+
+    def get_config(self):
+        return dict(vars(self))
+
+
+def within(name, start, stop, steps, cost):
+    """LE-SAM with a budget in a part of the training, of `steps` steps."""
+
+    def wrap(net, setting):
+        window = Window(
+            setting["sigma"], start * steps, stop * steps, 0.1 * steps
+        )
+        return LESAMModel(net, window)
+
+    return Method(name, wrap, _grid(sigma=_SIGMAS), None, cost)
+
+
+def cheaper(steps):
+    """Ways to pay less than a pass, for a training of `steps` steps."""
+
+    def look(net, setting):
+        return SAMModel(net, rules.LookSAM(every=4, **setting))
+
+    return [
+        lesam("rows: a quarter", 1.25, ascent_fraction=0.25),
+        lesam("steps: every 2nd", 1.4, ascent_every=2),
+        lesam("steps: every 4th", 1.2, ascent_every=4),
+        lesam("weights: normalization", 1.7, perturb=is_of_normalization),
+        within("time: last 30%", 0.7, 1.0, steps, 1.25),
+        lesam("gradient: previous", 1.05, ascent_from="previous"),
+        lesam("gradient: momentum", 1.05, ascent_from="momentum"),
+        Method("LookSAM, every 4th", look, _grid(rho=_RHOS), "rho", 1.2),
+    ]
+
+
+# What the gain comes from: at the budget and radius that were chosen.
+
+
+def ablations(steps, sigma, rho, mean_rhos):
+    """Methods of one setting each.
+
+    Args:
+        steps: Integer, of a training.
+        sigma: Float, the budget that LE-SAM has chosen.
+        rho: Float, the radius that SAM has chosen.
+        mean_rhos: List of floats, LE-SAM's mean radius in each epoch.
+    """
+
+    def warmed(net, setting):
+        return SAMModel(net, rules.SAM(setting["rho"]), warmup=0.1, anneal=0.2)
+
+    def replay(net, setting):
+        del setting
+        epoch = steps // len(mean_rhos)
+        schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [i * epoch - 1 for i in range(1, len(mean_rhos))], mean_rhos
+        )
+        return SAMModel(net, rules.SAM(schedule))
+
+    def constant(net, setting):
+        return LESAMModel(net, setting["sigma"], anneal=0)
+
+    def uncapped(net, setting):
+        return LESAMModel(net, setting["sigma"], None)
+
+    one = {"sigma": sigma}
+    early = within("LE-SAM, first half", 0.0, 0.5, steps, 1.4)
+    late = within("LE-SAM, second half", 0.5, 1.0, steps, 1.4)
+    return [
+        Method("SAM, warmed up and annealed", warmed, [{"rho": rho}]),
+        Method("SAM at LE-SAM's mean rho", replay, [one], None),
+        Method("LE-SAM, not annealed", constant, [one], "sigma"),
+        Method("LE-SAM, no cap", uncapped, [one], "sigma"),
+        dataclasses.replace(early, settings=[one]),
+        dataclasses.replace(late, settings=[one]),
+    ]
+
+
+# Which needs less tuning: two decades of both, in thirds of a decade.
+
+_SWEEP = (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)
+
+SWEEP = [
+    dataclasses.replace(METHODS[0], settings=_grid(rho=_SWEEP)),
+    dataclasses.replace(METHODS[4], settings=_grid(sigma=_SWEEP)),
+]

@@ -1,0 +1,224 @@
+"""One run: a task, a method, a setting and a seed to a line of results."""
+
+import functools
+import math
+import time
+
+import _common
+import _methods
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_lesam import callbacks
+
+# The sample of the training data that curvature and sharpness are taken on,
+# and how far along the gradient the loss is looked at.
+SAMPLE = 500
+DISTANCE = 0.1
+
+
+class Bench:
+    """Trains on one task; models are built once and used again.
+
+    What changes from run to run (weights, data, learning rate, rho or sigma)
+    does not trace a new graph.
+
+    Args:
+        task: A `_tasks.Task`.
+        epochs: Integer, of a training.
+    """
+
+    def __init__(self, task, epochs):
+        keras.utils.clear_session()
+        self.task, self.epochs = task, epochs
+        self.steps = len(task.data(0).x) // task.batch_size
+        self._models = {}
+
+    def run(self, method, setting, base, seed, curvature=False):
+        """Trains once; a dict of what came of it.
+
+        Args:
+            method: A `_methods.Method`.
+            setting: Dict, one of its settings.
+            base: Dict, learning rate and weight decay.
+            seed: Integer, of split, wrong labels, initial weights, order.
+            curvature: Whether to measure the top eigenvalue.
+        """
+        data = self._data(seed)
+        net, model = self._model(method, setting, base)
+        self._reset(net, model, seed)
+        if method.budget:
+            setattr(model, method.budget, setting[method.budget])
+        watch = _common.Stopwatch()
+        start = time.perf_counter()
+        history = model.fit(
+            self._batches(data, seed),
+            epochs=self.epochs,
+            verbose=0,
+            callbacks=[self._rate(base), watch],
+        ).history
+        test = self._accuracy(net, *data.test)
+        return {
+            "test": test,
+            "validation": self._accuracy(net, *data.validation),
+            "train": round(history["accuracy"][-1], 4),
+            "loss": round(history["loss"][-1], 5),
+            # Hardly better than chance.
+            "died": test < 1.5 / _common.CLASSES,
+            **self._look_around(net, seed, data, curvature),
+            **{
+                name: [round(v, 5) for v in history[name]]
+                for name in ("rho", "sharpness", "sigma", "gradient_norm")
+                if name in history
+            },
+            "epoch_seconds": round(float(np.median(watch.seconds)), 4),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+
+    def cost(self, method, setting, base, pairs=5):
+        """Seconds of training over those of plain training, pair by pair."""
+        plain = _methods.plain(self.task.adam)
+        model = self._model(method, setting, base)[1]
+        pair = [self._model(plain, base, base)[1], model]
+        # Where steps differ over time, the whole of it.
+        epochs = 2 if method.budget else self.epochs
+        ratios = []
+        for i in range(pairs + 1):
+            seconds = [0, 0]
+            for j in (0, 1) if i % 2 else (1, 0):
+                watch = _common.Stopwatch()
+                pair[j].fit(
+                    self._batches(self._data(0), i),
+                    epochs=epochs,
+                    verbose=0,
+                    callbacks=[watch],
+                )
+                seconds[j] = sum(watch.seconds)
+            ratios.append(round(seconds[1] / seconds[0], 3))
+        # The first of each may have traced.
+        return ratios[1:]
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019, as long as the bench
+    def _data(self, seed):
+        return self.task.data(seed)
+
+    def _batches(self, data, seed):
+        return (
+            tf.data.Dataset.from_tensor_slices((data.x, data.y))
+            .cache()
+            .shuffle(len(data.x), seed=seed)
+            .batch(self.task.batch_size, drop_remainder=True)
+            .prefetch(4)
+        )
+
+    def _model(self, method, setting, base):
+        """The net and the model that trains it, compiled."""
+        fixed = {k: v for k, v in setting.items() if k != method.budget}
+        if method.name == _methods.PLAIN:
+            fixed = {}
+        key = (method.name, *fixed.items(), base["weight_decay"])
+        if key not in self._models:
+            net = self._net()
+            model = method.wrap(net, setting)
+            kind = keras.optimizers.SGD
+            options = {"momentum": 0.9}
+            if self.task.adam:
+                kind, options = keras.optimizers.AdamW, {}
+            decay = base["weight_decay"] or None
+            model.compile(
+                kind(base["learning_rate"], weight_decay=decay, **options),
+                _loss(),
+                metrics=["accuracy"],
+                steps_per_execution=self.steps,
+            )
+            self._models[key] = net, model
+        return self._models[key]
+
+    def _net(self):
+        return self.task.build(self._data(0).x.shape[1:])
+
+    def _reset(self, net, model, seed):
+        """As new: other initial weights, and nothing remembered."""
+        keras.utils.set_random_seed(seed)
+        net.set_weights(self._net().get_weights())
+        of_net = {id(v) for v in net.weights}
+        memory = [v for v in model.weights if id(v) not in of_net]
+        for variable in [*model.optimizer.variables, *memory]:
+            variable.assign(keras.ops.zeros_like(variable))
+
+    def _rate(self, base):
+        """A cosine from the learning rate to 0, epoch by epoch."""
+
+        def rate(epoch):
+            done = epoch / self.epochs
+            return base["learning_rate"] * 0.5 * (1 + math.cos(math.pi * done))
+
+        return keras.callbacks.LearningRateScheduler(rate)
+
+    def _accuracy(self, net, x, y):
+        outputs = net.predict(x, batch_size=500, verbose=0)
+        return round(float(np.mean(np.argmax(outputs, -1) == y)), 4)
+
+    def _look_around(self, net, seed, data, curvature):
+        probe = self._probe
+        probe.set_weights(net.get_weights())
+        x, y = data.x[:SAMPLE], data.y[:SAMPLE]
+        rise = self._rise(tf.constant(x), tf.constant(y))
+        found = {"rise": round(float(rise), 5)}
+        if curvature:
+            logs = {}
+            self._watch(seed).on_epoch_end(0, logs)
+            found["eigenvalue"] = round(float(logs["top_eigenvalue"]), 3)
+        return found
+
+    @functools.cached_property
+    def _probe(self):
+        """A net to look around of, always the same one."""
+        probe = self._net()
+        probe.compile(loss=_loss())
+        return probe
+
+    @functools.cached_property
+    def _rise(self):
+        """How much the loss rises over `DISTANCE` along its gradient."""
+        state = self._probe.non_trainable_variables
+        loss = _loss()
+
+        def at(weights, x, y):
+            outputs, _ = self._probe.stateless_call(weights, state, x)
+            return loss(y, outputs)
+
+        @tf.function
+        def rise(x, y):
+            weights = [v.value for v in self._probe.trainable_variables]
+            weights = [tf.convert_to_tensor(w) for w in weights]
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                here = at(weights, x, y)
+            gradients = tape.gradient(here, weights)
+            length = DISTANCE / tf.maximum(
+                tf.linalg.global_norm(gradients), 1e-12
+            )
+            moved = [w + length * g for w, g in zip(weights, gradients)]
+            return at(moved, x, y) - here
+
+        return rise
+
+    @functools.cache  # noqa: B019, as long as the bench
+    def _watch(self, seed):
+        """Measures the Hessian of the probe on a seed's sample."""
+        data = self._data(seed)
+        watch = callbacks.Curvature(
+            *(data.x[:SAMPLE], data.y[:SAMPLE]),
+            batch_size=SAMPLE,
+            trace_samples=0,
+        )
+        watch.set_model(self._probe)
+        watch.set_params({"epochs": 1})
+        watch.on_train_begin()
+        return watch
+
+
+def _loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
