@@ -3,7 +3,6 @@
 Works on a compiled model, a rule and the passes; knows nothing of `fit`.
 """
 
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -364,26 +363,31 @@ class _Products:
 
     def __init__(self, first, plain, perturbed):
         self._first, self._gradients = first, (plain, perturbed)
+        self._totals = None
 
-    @functools.cached_property
+    # Not a functools.cached_property: before Python 3.12 that holds a lock for
+    # all instances, and replicas that meet inside would wait for ever.
+    @property
     def totals(self):
         """The plain gradients and the perturbed ones, two lists."""
-        weights = [self._first._weights_only(g) for g in self._gradients]
-        return self._first.over_replicas(weights)
+        if self._totals is None:
+            weights = [self._first._weights_only(g) for g in self._gradients]
+            self._totals = self._first.over_replicas(weights)
+        return self._totals
 
     def _dot(self, i, j):
         dtype = self._first.budget.dtype
         return _rule.dot(self.totals[i], self.totals[j], dtype)
 
-    @functools.cached_property
+    @property
     def inner(self):
         return self._dot(0, 1)
 
-    @functools.cached_property
+    @property
     def plain(self):
         return self._dot(0, 0)
 
-    @functools.cached_property
+    @property
     def perturbed(self):
         return self._dot(1, 1)
 

@@ -99,7 +99,7 @@ class Bench:
         # The first of each may have traced.
         return ratios[1:]
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019, as long as the bench
+    @functools.cache  # noqa: B019, as long as the bench
     def _data(self, seed):
         return self.task.data(seed)
 

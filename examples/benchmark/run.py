@@ -31,8 +31,8 @@ import _runs
 import _tasks
 
 HERE = pathlib.Path(__file__).parent
-TUNING_SEED = 1000
-CURVATURE_SEEDS = 3  # Seeds whose minimum is looked at closely.
+# Of so many seeds the minimum is looked at closely.
+CURVATURE_SEEDS = 3
 # Where the ablations, the cheaper variants and the sweep are run.
 STUDIED = ["digits, 40% wrong, resnet", "MNIST, 40% wrong, resnet"]
 
@@ -139,7 +139,7 @@ class Study:
     def compare(self, method):
         """Chooses a setting and trains with all seeds; returns the choice."""
         settings = method.settings[:2] if self.args.quick else method.settings
-        found = [self.train(method, s, TUNING_SEED) for s in settings]
+        found = [self.train(method, s, _report.TUNING_SEED) for s in settings]
         best = max(range(len(found)), key=lambda i: found[i]["validation"])
         chosen = settings[best]
         self.repeat(method, chosen)
@@ -201,7 +201,7 @@ class Study:
         return line
 
     def time(self, method, setting):
-        key = self.key(method.name, setting, "cost")
+        key = self.key(method.name, setting, _report.COST)
         if self.results.find(**key) is None:
             self.bar.tell(self.task.name, f"{method.name}, cost")
             pairs = 5 if method.budget else 2
