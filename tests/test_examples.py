@@ -39,7 +39,7 @@ def run(script, *arguments):
     "script",
     [
         *("quickstart", "defaults", "speed", "second_order", "curvature"),
-        *("distributed", "scaling"),
+        *("distributed", "scaling", "cifar", "benchmark/run"),
     ],
 )
 def test_help(script):
@@ -76,6 +76,15 @@ def test_second_order(tmp_path):
         *("--methods", "SGD", "secant", "gradient + rho H d"),
     )
     for word in ("SGD", "secant", "gradient + rho H d"):
+        assert word in output
+    assert picture.stat().st_size > 10_000
+
+
+def test_benchmark_report(tmp_path):
+    """Of the runs that are there."""
+    picture = tmp_path / "picture.png"
+    output = run("benchmark/run.py", "--report", "--picture", str(picture))
+    for word in ("LE-SAM secant", "Friendly SAM", "against SAM", "±"):
         assert word in output
     assert picture.stat().st_size > 10_000
 
