@@ -192,8 +192,11 @@ def test_the_step_compiles_under_xla(name):
         step = tf.function(
             model.train_step, jit_compile=jit_compile, autograph=False
         )
-        logs = [step(batch) for _ in range(4)]
-        assert step.experimental_get_tracing_count() == 1
+        # The first call makes variables, and may trace twice.
+        step(batch)
+        traces = step.experimental_get_tracing_count()
+        logs = [step(batch) for _ in range(3)]
+        assert step.experimental_get_tracing_count() == traces
         found.append((model.get_weights(), logs[-1]))
     (weights, logs), (others, other_logs) = found
     for log in logs:

@@ -374,7 +374,8 @@ def learn(state, seen, rho=0.5, slope=2.0, loss=1.0, dtype="float64"):
         point=SimpleNamespace(loss=scalar(loss)),
     )
     rise = slope * rho + seen * rho**2 / 2
-    return secant.learn(first, scalar(rho), scalar(rise)).numpy()
+    [(_, learnt)] = secant.learn(first, scalar(rho), scalar(rise))
+    return learnt.numpy()
 
 
 def test_secant_is_a_running_mean():
