@@ -218,3 +218,19 @@ def refuse_xla():
         0,
         name="HVP_THROUGH_MAX_POOLING_IS_WRONG_UNDER_XLA_USE_jit_compile_False",
     )
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets a layer that is built have new weights.
+
+    Those that depend on another model's, which was not built when the layer
+    was made: Keras has no public way (keras.Layer.build locks its tracker;
+    quantization and LoRA in Keras unlock it like this).
+    """
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if layer.built:
+            layer._tracker.lock()

@@ -334,7 +334,7 @@ class SharpnessAwareModel(_workarounds.MultiWorkerModel):
         """Refuses what cannot be trained; makes what waits for a batch."""
         _workarounds.refuse_rematerialized_layers(self.model)
         _passes.build(self, batch)
-        with tf.init_scope():
+        with tf.init_scope(), _workarounds.unlocked(self):
             self._make_memory()
 
     # The model, as Keras sees it.
