@@ -150,6 +150,23 @@ def cheaper(steps):
     ]
 
 
+# What a longer or a smaller start does where gradients are small at first.
+
+
+def start():
+    """LE-SAM and SAM with a longer warm-up, and LE-SAM with a smaller cap."""
+
+    def warmed(net, setting):
+        return SAMModel(net, rules.SAM(setting["rho"]), warmup=0.5, anneal=0.2)
+
+    return [
+        lesam("LE-SAM, warm-up 0.3", warmup=0.3),
+        lesam("LE-SAM, warm-up 0.5", warmup=0.5),
+        lesam("LE-SAM, cap 0.1", rho_max=0.1),
+        Method("SAM, warm-up 0.5", warmed, _grid(rho=_RHOS)),
+    ]
+
+
 # What the gain comes from: at the budget and radius that were chosen.
 
 
@@ -194,10 +211,4 @@ def ablations(steps, sigma, rho, mean_rhos):
 
 
 # Which needs less tuning: two decades of both, in thirds of a decade.
-
-_SWEEP = (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)
-
-SWEEP = [
-    dataclasses.replace(METHODS[0], settings=_grid(rho=_SWEEP)),
-    dataclasses.replace(METHODS[4], settings=_grid(sigma=_SWEEP)),
-]
+SWEEP = (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)

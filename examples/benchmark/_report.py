@@ -1,4 +1,4 @@
-"""What the results file shows: tables, and accuracy against cost."""
+"""What the results file shows: tables and pictures."""
 
 import statistics
 
@@ -6,8 +6,6 @@ import _methods
 import numpy as np
 from scipy import stats
 
-TUNING_SEED = 1000
-COST = "cost"
 HEADER = (
     "method",
     "setting",
@@ -18,50 +16,47 @@ HEADER = (
     "rise",
     "died",
 )
+# In the sweep, a setting is good within so much of the best of both methods.
+NEAR = 0.03
 
 
-def chosen(lines, task, method):
-    """The setting with the best validation accuracy, or `None`."""
-    tuned = [
-        line
-        for line in of_method(lines, task, method)
-        if line["seed"] == TUNING_SEED
-    ]
-    if tuned:
-        return max(tuned, key=lambda line: line["validation"])["setting"]
-    # A method of one setting, or one that was not tuned.
-    settings = [line["setting"] for line in of_method(lines, task, method)]
-    return settings[0] if settings else None
+def show(results, tasks, picture):
+    """Prints a table for each task, and draws what there is.
+
+    Args:
+        results: A `_results.Results`.
+        tasks: List of `_tasks.Task`.
+        picture: `pathlib.Path` of the picture of accuracy against cost; that
+            of the sweep goes beside it.
+    """
+    shown = [t.name for t in tasks if methods_of(results, t.name)]
+    for task in shown:
+        rows = [row(results, task, name) for name in methods_of(results, task)]
+        print(f"\n{task}\n\n{markdown(HEADER, rows)}")
+    swept = [t for t in shown if sweep(results, t, _methods.LESAM)]
+    if swept:
+        print(f"\n{sweep_table(results, swept)}")
+        beside = picture.with_name(f"{picture.stem}_sweep{picture.suffix}")
+        draw(results, swept, beside, draw_sweep)
+    if shown:
+        draw(results, shown, picture, draw_costs)
 
 
-def of_method(lines, task, method):
+def all_methods():
+    """All methods, in the order of the tables."""
     return [
-        line
-        for line in lines
-        if line["task"] == task and line["method"] == method
+        _methods.plain(adam=False),
+        *_methods.METHODS,
+        *_methods.cheaper(1),
+        *_methods.start(),
+        *_methods.ablations(1, 0, 0, [0]),
     ]
 
 
-def finals(lines, task, method):
-    """The runs to report, by seed: those at the chosen setting."""
-    setting = chosen(lines, task, method)
-    return {
-        line["seed"]: line
-        for line in of_method(lines, task, method)
-        if line["setting"] == setting
-        and line["seed"] not in (TUNING_SEED, COST)
-    }
-
-
-def cost(lines, task, method):
-    """Median of the paired ratios to plain training, or `None`."""
-    if method == _methods.PLAIN:
-        return 1.0
-    setting = chosen(lines, task, method)
-    for line in of_method(lines, task, method):
-        if line["seed"] == COST and line["setting"] == setting:
-            return statistics.median(line["ratios"])
-    return None
+def methods_of(results, task):
+    """Names of those with runs to report."""
+    names = [method.name for method in all_methods()]
+    return [name for name in names if results.finals(task, name)]
 
 
 def mean_and_interval(values):
@@ -73,13 +68,13 @@ def mean_and_interval(values):
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * error
 
 
-def row(lines, task, method):
+def row(results, task, method):
     """Cells of the table for one method."""
-    runs = finals(lines, task, method)
-    sam = finals(lines, task, _methods.SAM)
+    runs = results.finals(task, method)
+    sam = results.finals(task, _methods.SAM)
     paired = sorted(set(runs) & set(sam))
     differences = [runs[s]["test"] - sam[s]["test"] for s in paired]
-    ratio = cost(lines, task, method)
+    ratio = results.cost(task, method)
     values = list(runs.values())
     eigenvalues = [r["eigenvalue"] for r in values if "eigenvalue" in r]
     setting = ", ".join(f"{v:g}" for v in values[0]["setting"].values())
@@ -101,33 +96,52 @@ def percent(values, sign=""):
     return f"{100 * mean:{sign}.1f} ± {100 * interval:.1f}"
 
 
-def methods_of(lines, task):
-    """Names of those with runs to report, in the order they were run."""
-    names = dict.fromkeys(
-        line["method"] for line in lines if line["task"] == task
-    )
-    return [name for name in names if finals(lines, task, name)]
-
-
-def show(lines, tasks, picture):
-    """Prints a table for each task, and draws accuracy against cost."""
-    shown = [task.name for task in tasks if methods_of(lines, task.name)]
-    for task in shown:
-        rows = [row(lines, task, name) for name in methods_of(lines, task)]
-        print(f"\n{task}\n\n{markdown(rows)}")
-    if shown:
-        draw(lines, shown, picture)
-
-
-def markdown(rows):
-    rule = ["---"] * len(HEADER)
+def markdown(header, rows):
+    rule = ["---"] * len(header)
     return "\n".join(
-        f"| {' | '.join(cells)} |" for cells in (HEADER, rule, *rows)
+        f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)
     )
 
 
-def draw(lines, tasks, picture):
-    """Accuracy against cost, a panel for each task."""
+def sweep(results, task, method):
+    """Pairs of a budget and the test accuracies with it."""
+    budget = {m.name: m.budget for m in _methods.METHODS}[method]
+    found = []
+    for value in _methods.SWEEP:
+        # As many seeds for all, though the chosen one may have more.
+        runs = results.at(task, method, {budget: value})
+        accuracies = [r["test"] for seed, r in runs.items() if seed < 3]
+        if accuracies:
+            found.append((value, accuracies))
+    return found if len(found) > 1 else []
+
+
+def sweep_table(results, tasks):
+    """Means over the sweep, and how many of its settings are good."""
+    header = ["sweep", "", *(f"{value:g}" for value in _methods.SWEEP)]
+    rows = []
+    for task in tasks:
+        names = [_methods.SAM, _methods.LESAM]
+        found = {name: dict(sweep(results, task, name)) for name in names}
+        means = {
+            name: {v: statistics.mean(a) for v, a in by_value.items()}
+            for name, by_value in found.items()
+        }
+        best = max(max(by_value.values()) for by_value in means.values())
+        for name, by_value in means.items():
+            good = sum(m > best - NEAR for m in by_value.values())
+            rows.append(
+                [
+                    f"{task}: {name}",
+                    f"{good} of {len(by_value)} good",
+                    *(f"{100 * by_value[v]:.1f}" for v in _methods.SWEEP),
+                ]
+            )
+    return markdown(header, rows)
+
+
+def draw(results, tasks, picture, draw_task):
+    """A panel for each task, and one legend for all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,41 +151,89 @@ def draw(lines, tasks, picture):
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(
         *(rows, columns),
-        figsize=(4.6 * columns, 3.6 * rows),
+        figsize=(4.4 * columns, 3.7 * rows + 1.2),
         squeeze=False,
         layout="constrained",
     )
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
+    handles = {}
     for axis, task in zip(axes.flat, tasks):
-        draw_task(axis, lines, task)
+        draw_task(axis, results, task)
+        axis.set_title(task, fontsize=10)
+        axis.set_ylabel("test accuracy, %")
+        handles.update(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(5, len(handles)),
+        fontsize=8.5,
+    )
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
-def draw_task(axis, lines, task):
-    main = [_methods.PLAIN, *(m.name for m in _methods.METHODS)]
-    for name in methods_of(lines, task):
-        ratio = cost(lines, task, name)
-        if ratio is None:
+def styles():
+    """Marker and color by the name of a method."""
+    from matplotlib import colormaps
+
+    groups = [
+        ([_methods.PLAIN], "X"),
+        ([m.name for m in _methods.METHODS if "LE-SAM" not in m.name], "o"),
+        ([m.name for m in _methods.METHODS if "LE-SAM" in m.name], "D"),
+        ([m.name for m in _methods.cheaper(1)], "v"),
+        ([m.name for m in _methods.start()], "P"),
+    ]
+    colors = colormaps["tab10"].colors
+    return {
+        name: {"marker": marker, "color": colors[i % len(colors)]}
+        for names, marker in groups
+        for i, name in enumerate(names)
+    }
+
+
+def draw_costs(axis, results, task):
+    """Accuracy against cost; those that died in most runs are left out."""
+    shown = styles()
+    lowest = []
+    for name in methods_of(results, task):
+        ratio = results.cost(task, name)
+        runs = results.finals(task, name).values()
+        died = statistics.mean(r["died"] for r in runs)
+        if ratio is None or name not in shown or died > 0.5:
             continue
-        accuracies = [r["test"] for r in finals(lines, task, name).values()]
-        mean, interval = mean_and_interval(accuracies)
-        color = "tab:red" if name.startswith(_methods.LESAM) else "tab:blue"
-        color = color if name in main else "tab:gray"
+        mean, interval = mean_and_interval([r["test"] for r in runs])
         axis.errorbar(
             *(ratio, 100 * mean, 100 * interval),
-            fmt="o",
-            color=color,
-            elinewidth=1,
+            **shown[name],
+            label=name,
+            linestyle="none",
+            markersize=6.5,
+            elinewidth=0.8,
         )
-        axis.annotate(
-            *(name, (ratio, 100 * mean)),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=6.5,
-        )
-    axis.set_title(task, fontsize=10)
+        lowest.append(100 * (mean - (0 if died else interval)))
+    axis.set_ylim(bottom=min(lowest) - 2)
     axis.set_xlabel("cost (x plain training)")
-    axis.set_ylabel("test accuracy, %")
-    axis.margins(x=0.2)
+    axis.grid(alpha=0.3)
+
+
+def draw_sweep(axis, results, task):
+    """Accuracy against radius and budget, and the span of the seeds."""
+    for name, color in [
+        (_methods.SAM, "tab:blue"),
+        (_methods.LESAM, "tab:red"),
+    ]:
+        values, accuracies = zip(*sweep(results, task, name))
+        accuracies = 100 * np.array(accuracies)
+        label = "SAM, by rho" if name == _methods.SAM else "LE-SAM, by sigma"
+        axis.plot(values, accuracies.mean(1), "o-", color=color, label=label)
+        span = accuracies.min(1), accuracies.max(1)
+        axis.fill_between(values, *span, color=color, alpha=0.15)
+    plain = [r["test"] for r in results.finals(task, _methods.PLAIN).values()]
+    axis.axhline(
+        100 * statistics.mean(plain), color="gray", ls="--", label="plain"
+    )
+    axis.set_xscale("log")
+    axis.set_xlabel("rho (weight-space distance) or sigma (loss)")
+    axis.grid(alpha=0.3)

@@ -16,6 +16,8 @@ from keras_lesam import callbacks
 # and how far along the gradient the loss is looked at.
 SAMPLE = 500
 DISTANCE = 0.1
+# How long plain training is to take where costs are compared.
+BLOCK_SECONDS = 1.0
 
 
 class Bench:
@@ -26,12 +28,11 @@ class Bench:
 
     Args:
         task: A `_tasks.Task`.
-        epochs: Integer, of a training.
     """
 
-    def __init__(self, task, epochs):
+    def __init__(self, task):
         keras.utils.clear_session()
-        self.task, self.epochs = task, epochs
+        self.task = task
         self.steps = len(task.data(0).x) // task.batch_size
         self._models = {}
 
@@ -54,7 +55,7 @@ class Bench:
         start = time.perf_counter()
         history = model.fit(
             self._batches(data, seed),
-            epochs=self.epochs,
+            epochs=self.task.epochs,
             verbose=0,
             callbacks=[self._rate(base), watch],
         ).history
@@ -76,28 +77,35 @@ class Bench:
             "seconds": round(time.perf_counter() - start, 2),
         }
 
-    def cost(self, method, setting, base, pairs=5):
+    def cost(self, method, setting, base, pairs):
         """Seconds of training over those of plain training, pair by pair."""
-        plain = _methods.plain(self.task.adam)
+        plain = self._model(_methods.plain(self.task.adam), base, base)[1]
         model = self._model(method, setting, base)[1]
-        pair = [self._model(plain, base, base)[1], model]
+        # Both trace.
+        seconds = self._seconds(plain, 2)[1]
+        self._seconds(model, 1)
         # Where steps differ over time, the whole of it.
-        epochs = 2 if method.budget else self.epochs
-        ratios = []
-        for i in range(pairs + 1):
-            seconds = [0, 0]
-            for j in (0, 1) if i % 2 else (1, 0):
-                watch = _common.Stopwatch()
-                pair[j].fit(
-                    self._batches(self._data(0), i),
-                    epochs=epochs,
-                    verbose=0,
-                    callbacks=[watch],
-                )
-                seconds[j] = sum(watch.seconds)
-            ratios.append(round(seconds[1] / seconds[0], 3))
-        # The first of each may have traced.
-        return ratios[1:]
+        epochs = self.task.epochs
+        if method.budget:
+            epochs = min(epochs, math.ceil(BLOCK_SECONDS / seconds))
+        return [
+            round(self._ratio(plain, model, epochs, i), 3) for i in range(pairs)
+        ]
+
+    def _ratio(self, plain, model, epochs, i):
+        """Seconds of one over the other's; they take turns at being first."""
+        if i % 2:
+            after = sum(self._seconds(model, epochs))
+            return after / sum(self._seconds(plain, epochs))
+        before = sum(self._seconds(plain, epochs))
+        return sum(self._seconds(model, epochs)) / before
+
+    def _seconds(self, model, epochs):
+        """Seconds of each epoch."""
+        watch = _common.Stopwatch()
+        batches = self._batches(self._data(0), 0)
+        model.fit(batches, epochs=epochs, verbose=0, callbacks=[watch])
+        return watch.seconds
 
     @functools.cache  # noqa: B019, as long as the bench
     def _data(self, seed):
@@ -151,7 +159,7 @@ class Bench:
         """A cosine from the learning rate to 0, epoch by epoch."""
 
         def rate(epoch):
-            done = epoch / self.epochs
+            done = epoch / self.task.epochs
             return base["learning_rate"] * 0.5 * (1 + math.cos(math.pi * done))
 
         return keras.callbacks.LearningRateScheduler(rate)

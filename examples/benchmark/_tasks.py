@@ -50,6 +50,8 @@ class Task:
             has than the rarest; in between, geometrically.
         adam: Whether the optimizer is AdamW, not SGD with momentum.
         seeds: Integer, how many runs to report.
+        studies: Names of what else to look at: "cheaper", "start",
+            "ablations", "sweep".
         weight: Float, roughly the seconds of a plain run, for the time left.
     """
 
@@ -64,6 +66,7 @@ class Task:
     imbalance: float = 1.0
     adam: bool = False
     seeds: int = 5
+    studies: tuple = ()
     weight: float = 1.0
 
     def data(self, seed):
@@ -163,6 +166,7 @@ TASKS = [
     Task(
         "digits, 40% wrong, resnet",
         **_DIGITS,
+        studies=("cheaper", "ablations", "sweep"),
         build=_resnet,
         epochs=30,
         noise=0.4,
@@ -188,6 +192,7 @@ TASKS = [
     Task(
         "MNIST, 20% wrong, conv",
         **_MNIST,
+        studies=("start", "sweep"),
         build=_nets.conv,
         epochs=25,
         noise=0.2,
@@ -196,6 +201,7 @@ TASKS = [
     Task(
         "MNIST, 40% wrong, resnet",
         **_MNIST,
+        studies=("cheaper", "ablations"),
         build=_resnet,
         epochs=20,
         noise=0.4,

@@ -1,0 +1,121 @@
+"""The file of finished runs, and what was chosen by them."""
+
+import collections
+import json
+import statistics
+
+import _methods
+
+# Settings are chosen with the first; the best of them again with the second.
+TUNING_SEEDS = (1000, 1001)
+FINALISTS = 3
+# In place of a seed, in the lines of what a method costs.
+COST = "cost"
+
+
+class Results:
+    """Lines of a file, one for each finished run, and questions to them.
+
+    All questions are about the runs with the learning rate and weight decay
+    that plain training has chosen for the task.
+
+    Args:
+        path: `pathlib.Path` of the file; it need not exist.
+
+    Attributes:
+        lines: List of dicts.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.lines = []
+        self.read()
+
+    def read(self):
+        """Reads the file again."""
+        self.lines.clear()
+        text = self.path.read_text() if self.path.exists() else ""
+        for line in text.splitlines():
+            # The last line of a benchmark that was killed may be half.
+            try:
+                self.lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+
+    def add(self, line):
+        """Appends a line, in one piece: several processes do."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def find(self, **key):
+        """The line with these entries, or `None`."""
+        for line in self.lines:
+            if all(line.get(k) == v for k, v in key.items()):
+                return line
+        return None
+
+    def of_method(self, task, method):
+        """All lines of a method on a task."""
+        found = [
+            line
+            for line in self.lines
+            if line["task"] == task and line["method"] == method
+        ]
+        if method == _methods.PLAIN:
+            return found
+        base = self.chosen(task, _methods.PLAIN)
+        return [line for line in found if line["base"] == base]
+
+    def validation(self, task, method):
+        """Pairs of a setting and its validation accuracies, in tuning."""
+        settings = {}
+        accuracies = collections.defaultdict(list)
+        for line in self.of_method(task, method):
+            if line["seed"] in TUNING_SEEDS:
+                key = json.dumps(line["setting"])
+                settings[key] = line["setting"]
+                accuracies[key].append(line["validation"])
+        return [(settings[key], accuracies[key]) for key in settings]
+
+    def finalists(self, task, method):
+        """The settings that were best with the first tuning seed."""
+        tried = self.validation(task, method)
+        tried.sort(key=lambda pair: pair[1][0], reverse=True)
+        return [setting for setting, _ in tried[:FINALISTS]]
+
+    def chosen(self, task, method):
+        """The finalist with the best validation accuracy, or `None`."""
+        tried = self.validation(task, method)
+        if tried:
+            rounds = max(len(accuracies) for _, accuracies in tried)
+            finalists = [pair for pair in tried if len(pair[1]) == rounds]
+            best = max(finalists, key=lambda pair: statistics.mean(pair[1]))
+            return best[0]
+        # A method of one setting.
+        settings = [line["setting"] for line in self.of_method(task, method)]
+        return settings[0] if settings else None
+
+    def finals(self, task, method):
+        """The runs to report, by seed: those at the chosen setting."""
+        return self.at(task, method, self.chosen(task, method))
+
+    def at(self, task, method, setting):
+        """The runs at a setting that are not tuning, by seed."""
+        return {
+            line["seed"]: line
+            for line in self.of_method(task, method)
+            if line["setting"] == setting
+            and line["seed"] not in (*TUNING_SEEDS, COST)
+        }
+
+    def cost(self, task, method):
+        """Median of the paired ratios to plain training, or `None`."""
+        if method == _methods.PLAIN:
+            return 1.0
+        setting = self.chosen(task, method)
+        for line in self.of_method(task, method):
+            if line["seed"] == COST and line["setting"] == setting:
+                return statistics.median(line["ratios"])
+        return None

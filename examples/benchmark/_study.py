@@ -1,0 +1,138 @@
+"""All runs of one task, in units that can be made one beside the other."""
+
+import _methods
+import _results
+import _runs
+
+# Of so many seeds the minimum is looked at closely.
+CURVATURE_SEEDS = 3
+SWEEP = "sweep: "
+
+
+class Study:
+    """The runs of a task; those that are there already are not made.
+
+    A unit is all runs of one method. Those of one phase do not need each
+    other; they need those of the phases before.
+
+    Args:
+        task: A `_tasks.Task`.
+        results: A `_results.Results`.
+        quick: Whether to try two settings only, with one seed.
+    """
+
+    PHASES = ("plain", "methods", "studies", "costs")
+
+    def __init__(self, task, results, quick=False):
+        self.task, self.results, self.quick = task, results, quick
+        self.bench = _runs.Bench(task)
+
+    def units(self, phase):
+        """Names of the methods of a phase."""
+        return list(units(self.task, phase))
+
+    def run(self, phase, name):
+        """Makes the runs of a unit."""
+        if phase == "costs":
+            self.time(self.method(name))
+        elif name.startswith(SWEEP):
+            self.sweep(self.method(name.removeprefix(SWEEP)))
+        else:
+            self.compare(self.method(name))
+
+    def method(self, name):
+        for method in self._all_methods():
+            if method.name == name:
+                return method
+        raise KeyError(name)
+
+    def _all_methods(self):
+        yield _methods.plain(self.task.adam)
+        yield from _methods.METHODS
+        steps = self.bench.steps * self.task.epochs
+        yield from _methods.cheaper(steps)
+        yield from _methods.start()
+        sigma, rho = (
+            (self.results.chosen(self.task.name, name) or {}).get(budget, 0)
+            for name, budget in [
+                (_methods.LESAM, "sigma"),
+                (_methods.SAM, "rho"),
+            ]
+        )
+        yield from _methods.ablations(steps, sigma, rho, self.mean_rhos())
+
+    def mean_rhos(self):
+        """LE-SAM's mean radius in each epoch, over the seeds."""
+        runs = self.results.finals(self.task.name, _methods.LESAM).values()
+        rhos = [sum(r) / len(r) for r in zip(*(line["rho"] for line in runs))]
+        return rhos or [0.0]
+
+    def compare(self, method):
+        """Chooses a setting and trains with all seeds."""
+        settings = method.settings
+        if len(settings) > 1:
+            self.tune(method, settings)
+            settings = [self.results.chosen(self.task.name, method.name)]
+        for seed in range(self.task.seeds):
+            self.train(method, settings[0], seed, seed < CURVATURE_SEEDS)
+
+    def tune(self, method, settings):
+        first, second = _results.TUNING_SEEDS
+        for setting in settings[:2] if self.quick else settings:
+            self.train(method, setting, first)
+        if not self.quick:
+            task = self.task.name
+            for setting in self.results.finalists(task, method.name):
+                self.train(method, setting, second)
+
+    def sweep(self, method):
+        for budget in _methods.SWEEP[:2] if self.quick else _methods.SWEEP:
+            for seed in range(1 if self.quick else 3):
+                self.train(method, {method.budget: budget}, seed)
+
+    def train(self, method, setting, seed, curvature=False):
+        """Adds the line of a run, if it is not there."""
+        key = self.key(method, setting, seed)
+        if self.results.find(**key) is None:
+            base = key.get("base", setting)
+            found = self.bench.run(method, setting, base, seed, curvature)
+            self.results.add({**key, **found})
+
+    def time(self, method):
+        setting = self.results.chosen(self.task.name, method.name)
+        key = self.key(method, setting, _results.COST)
+        if self.results.find(**key) is None:
+            pairs = 1 if self.quick else 5
+            ratios = self.bench.cost(method, setting, key["base"], pairs)
+            self.results.add({**key, "ratios": ratios})
+
+    def key(self, method, setting, seed):
+        key = {
+            "task": self.task.name,
+            "method": method.name,
+            "setting": setting,
+            "seed": seed,
+        }
+        if method.name != _methods.PLAIN:
+            key["base"] = self.results.chosen(self.task.name, _methods.PLAIN)
+        return key
+
+
+def units(task, phase):
+    """Names of the units of a phase."""
+    compared = [method.name for method in _methods.METHODS]
+    studies = {
+        "cheaper": [m.name for m in _methods.cheaper(1)],
+        "start": [m.name for m in _methods.start()],
+        "ablations": [m.name for m in _methods.ablations(1, 0, 0, [0])],
+        "sweep": [SWEEP + m for m in (_methods.SAM, _methods.LESAM)],
+    }
+    chosen = [name for study in task.studies for name in studies[study]]
+    if phase == "plain":
+        return [_methods.PLAIN]
+    if phase == "methods":
+        return compared
+    if phase == "studies":
+        return chosen
+    timed = [s for s in ("cheaper", "start") if s in task.studies]
+    return compared + [name for study in timed for name in studies[study]]
