@@ -17,7 +17,7 @@ from keras_lesam import callbacks
 SAMPLE = 500
 DISTANCE = 0.1
 # How long plain training is to take where costs are compared.
-BLOCK_SECONDS = 1.0
+BLOCK_SECONDS = 0.4
 
 
 class Bench:

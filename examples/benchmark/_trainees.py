@@ -6,6 +6,7 @@ parameters. Each library is imported where it is asked for.
 """
 
 import importlib
+import math
 import sys
 import time
 
@@ -56,12 +57,8 @@ def keras_trainee(library, net, method, mode, data, batch_size):
         )
         return watch.seconds[0]
 
-    sizes = (
-        [keras.backend.count_params(v) for v in inner.trainable_weights]
-        if library == "tf-keras"
-        else [int(v.numpy().size) for v in inner.trainable_weights]
-    )
-    return epoch, sum(sizes)
+    shapes = [tuple(v.shape) for v in inner.trainable_weights]
+    return epoch, sum(math.prod(shape) for shape in shapes)
 
 
 def _plain(net):
