@@ -139,9 +139,18 @@ def cheaper(steps):
         return SAMModel(net, rules.LookSAM(every=4, **setting))
 
     return [
-        lesam("rows: a quarter", 1.25, ascent_fraction=0.25),
+        # 12 of 50 rows: of 13, TensorFlow 2.21's oneDNN kernels cannot always
+        # make the gradient, in plain training either.
+        lesam("rows: a quarter", 1.25, ascent_fraction=0.24),
+        lesam("rows: an eighth", 1.15, ascent_fraction=0.12),
         lesam("steps: every 2nd", 1.4, ascent_every=2),
         lesam("steps: every 4th", 1.2, ascent_every=4),
+        lesam(
+            "every 2nd, a quarter of the rows",
+            1.15,
+            ascent_every=2,
+            ascent_fraction=0.24,
+        ),
         lesam("weights: normalization", 1.7, perturb=is_of_normalization),
         within("time: last 30%", 0.7, 1.0, steps, 1.25),
         lesam("gradient: previous", 1.05, ascent_from="previous"),

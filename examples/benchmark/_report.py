@@ -30,6 +30,10 @@ def show(results, tasks, picture):
             of the sweep goes beside it.
     """
     shown = [t.name for t in tasks if methods_of(results, t.name)]
+    print(f"\n{summary(results, shown)}")
+    cheaper = [t for t in shown if gains(results, t)]
+    if cheaper:
+        print(f"\n{gain_table(results, cheaper)}")
     for task in shown:
         rows = [row(results, task, name) for name in methods_of(results, task)]
         print(f"\n{task}\n\n{markdown(HEADER, rows)}")
@@ -66,6 +70,52 @@ def mean_and_interval(values):
         return values.mean(), np.nan
     error = values.std(ddof=1) / np.sqrt(len(values))
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * error
+
+
+def summary(results, tasks):
+    """The test accuracies of all tasks, side by side."""
+    names = [_methods.PLAIN, *(method.name for method in _methods.METHODS)]
+    rows = []
+    for name in names:
+        cells = [name]
+        for task in tasks:
+            runs = results.finals(task, name).values()
+            cells.append(percent([r["test"] for r in runs]) if runs else "-")
+        rows.append(cells)
+    return markdown(["", *tasks], rows)
+
+
+def gains(results, task):
+    """What each cheaper way keeps of LE-SAM's gain over plain, by name."""
+    found = {}
+    for name in (_methods.LESAM, *(m.name for m in _methods.cheaper(1))):
+        # Means are compared: the seeds are the same.
+        means = [
+            statistics.mean(r["test"] for r in runs.values())
+            for runs in (
+                results.finals(task, n)
+                for n in (_methods.PLAIN, _methods.LESAM, name)
+            )
+            if runs
+        ]
+        if len(means) == 3:
+            plain, lesam, cheaper = means
+            found[name] = (cheaper - plain) / (lesam - plain)
+    return found if len(found) > 1 else {}
+
+
+def gain_table(results, tasks):
+    """Shares of the gain, and costs."""
+    by_task = {task: gains(results, task) for task in tasks}
+    rows = []
+    for name in dict.fromkeys(n for found in by_task.values() for n in found):
+        cells = [name]
+        for task, found in by_task.items():
+            ratio = results.cost(task, name)
+            cost = "" if ratio is None else f" at {ratio:.2f}x"
+            cells.append(f"{100 * found[name]:.0f}%{cost}")
+        rows.append(cells)
+    return markdown(["share of LE-SAM's gain", *tasks], rows)
 
 
 def row(results, task, method):

@@ -223,12 +223,11 @@ def cifar_tasks(data_dir):
     load = functools.cache(functools.partial(cifar10, data_dir))
     shared = {
         "load": load,
-        "build": _nets.resnet,
-        "train": 5000,
+        "build": _resnet,
+        "train": 2500,
         "validation": 1000,
-        "epochs": 40,
-        "batch_size": 100,
+        "epochs": 30,
         "seeds": 3,
-        "weight": 40.0,
+        "weight": 12.0,
     }
-    return [Task("CIFAR-10, 40% wrong, resnet", noise=0.4, **shared)]
+    return [Task("CIFAR-10, 2,500, 20% wrong, resnet", noise=0.2, **shared)]
