@@ -39,7 +39,8 @@ def run(script, *arguments):
     "script",
     [
         *("quickstart", "defaults", "speed", "second_order", "curvature"),
-        *("distributed", "scaling", "cifar", "benchmark/run"),
+        *("distributed", "scaling", "cifar"),
+        *("benchmark/run", "benchmark/speed"),
     ],
 )
 def test_help(script):
@@ -78,6 +79,41 @@ def test_second_order(tmp_path):
     for word in ("SGD", "secant", "gradient + rho H d"):
         assert word in output
     assert picture.stat().st_size > 10_000
+
+
+def test_benchmark_goes_on_where_it_was(tmp_path):
+    """The lines that were lost are made again, and no other."""
+    results = tmp_path / "results.jsonl"
+    arguments = [
+        *("benchmark/run.py", "--quick", "--tasks", "200 clean"),
+        *("--methods", "SAM", "LE-SAM", "--jobs", "1"),
+        *("--results", str(results), "--picture", str(tmp_path / "a.png")),
+    ]
+    first = run(*arguments)
+    lines = results.read_text().splitlines()
+    # Two settings with one seed, and two seeds; two costs.
+    assert len(lines) == 3 * (2 + 2) + 2
+    results.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    assert lines_of_tables(run(*arguments)) == lines_of_tables(first)
+    again = results.read_text().splitlines()
+    assert again[:9] == lines[:9]
+    assert len(again) == len(lines) + 1
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def lines_of_tables(output):
+    return [line.split("|")[1] for line in output.splitlines() if "|" in line]
+
+
+def test_benchmark_speed_without_the_other_libraries():
+    """Those that are not installed have a row that says so."""
+    output = run(
+        *("benchmark/speed.py", "--quick", "--nets", "dense"),
+        *("--libraries", "keras_lesam", "--methods", "SAM"),
+    )
+    rows = [line for line in output.splitlines() if line.startswith("| keras")]
+    assert len(rows) == 2
+    assert all("x |" in row for row in rows), output
 
 
 def test_benchmark_report(tmp_path):

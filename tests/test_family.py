@@ -122,8 +122,12 @@ def test_config_round_trip(name, tmp_path):
             assert repr(other.rule) == repr(model.rule)
 
 
-@EVERY
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(name, "mixed_float16") for name in FAMILY]
+    # Nothing but the loss scale is different.
+    + [(name, "mixed_bfloat16") for name in ("SAM", "GSAM", "SAM momentum")],
+)
 def test_mixed_precision_takes_the_same_steps(name, policy):
     x, y = classification_data(rows=32)
     found = []
@@ -275,7 +279,7 @@ def test_sparse_embeddings_take_the_steps_of_dense_ones(name):
     assert not np.allclose(sparse.get_weights()[0], table, atol=1e-3)
 
 
-@EVERY
+@pytest.mark.parametrize("name", [*KEEPS, "SAM", "LE-SAM every 3rd"])
 def test_a_resumed_training_ends_at_the_same_weights(name, tmp_path):
     x, y = classification_data(rows=48)
     fit = {"batch_size": 8, "shuffle": False, "verbose": 0}

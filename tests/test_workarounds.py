@@ -181,3 +181,20 @@ def test_forward_mode_has_no_rule_for_loops():
 
     with pytest.raises(TypeError, match="variant"):
         slope(x)
+
+
+def test_built_layers_take_no_new_weights():
+    """When they do, or Keras has a public way, `unlocked` can go."""
+    layer = keras.layers.Dense(1)
+    layer.build((None, 2))
+
+    def add():
+        layer.add_weight(shape=(), name="late")
+
+    with pytest.raises(ValueError, match="already built"):
+        add()
+    with _workarounds.unlocked(layer):
+        add()
+    assert [w.name for w in layer.weights] == ["kernel", "bias", "late"]
+    with pytest.raises(ValueError, match="already built"):
+        add()

@@ -44,9 +44,14 @@ def main(argv=None):
     args = parse_args(argv)
     tasks = chosen_tasks(args)
     if not args.report:
+        *phases, costs = _study.Study.PHASES
         bar = Bar(tasks, args)
-        for phase in _study.Study.PHASES:
-            run_phase(phase, tasks, args, bar)
+        with processes(args.jobs, max(1, os.cpu_count() // args.jobs)) as pool:
+            for phase in phases:
+                run_phase(pool, phase, tasks, args, bar)
+        # Alone, and with all threads.
+        with processes(1, 0) as pool:
+            run_phase(pool, costs, tasks, args, bar)
         bar.close()
     results = _results.Results(args.results)
     _report.show(results, tasks, args.picture)
@@ -95,29 +100,31 @@ def chosen_units(phase, tasks, args):
     ]
 
 
-def run_phase(phase, tasks, args, bar):
-    """Makes the runs of a phase, each unit in one of the processes."""
-    alone = phase == "costs"
-    threads = 0 if alone else max(1, os.cpu_count() // args.jobs)
-    with concurrent.futures.ProcessPoolExecutor(
-        1 if alone else args.jobs,
+def processes(count, threads):
+    """An executor of processes of so many threads each, 0 for all."""
+    return concurrent.futures.ProcessPoolExecutor(
+        count,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=prepare,
         initargs=(threads,),
-    ) as pool:
-        waiting = {
-            pool.submit(run_unit, args, phase, *unit)
-            for unit in chosen_units(phase, tasks, args)
-        }
-        try:
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, timeout=1)
-                for future in done:
-                    future.result()
-                bar.update(phase)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    )
+
+
+def run_phase(pool, phase, tasks, args, bar):
+    """Makes the runs of a phase, each unit in one of the processes."""
+    waiting = {
+        pool.submit(run_unit, args, phase, *unit)
+        for unit in chosen_units(phase, tasks, args)
+    }
+    try:
+        while waiting:
+            done, waiting = concurrent.futures.wait(waiting, timeout=1)
+            for future in done:
+                future.result()
+            bar.update(phase)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def prepare(threads):
@@ -186,6 +193,7 @@ class Bar:
         self._bar.total = max(self._bar.total, done)
         self._bar.n = done
         self._bar.set_postfix_str(phase)
+        self._bar.refresh()
 
     def close(self):
         self._bar.close()

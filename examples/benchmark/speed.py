@@ -86,6 +86,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--libraries", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", metavar="NAME", help="LE-SAM, SAM ...")
     add("--nets", nargs="+", choices=_trainees.SHAPES, default=_trainees.SHAPES)
     add("--pairs", type=int, default=7, help="of epochs to compare")
     add("--steps", type=int, default=12, help="steps of an epoch")
@@ -103,6 +104,8 @@ def rows_of(args):
         for library in args.libraries:
             for mode in MODES[library]:
                 for method in METHODS[library]:
+                    if args.methods and method not in args.methods:
+                        continue
                     yield {
                         "library": library,
                         "net": net,
