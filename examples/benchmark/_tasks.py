@@ -224,10 +224,10 @@ def cifar_tasks(data_dir):
     shared = {
         "load": load,
         "build": _resnet,
-        "train": 2500,
+        "train": 1500,
         "validation": 1000,
-        "epochs": 30,
+        "epochs": 25,
         "seeds": 3,
-        "weight": 12.0,
+        "weight": 15.0,
     }
-    return [Task("CIFAR-10, 2,500, 20% wrong, resnet", noise=0.2, **shared)]
+    return [Task("CIFAR-10, 1,500, 20% wrong, resnet", noise=0.2, **shared)]
