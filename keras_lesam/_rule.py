@@ -298,14 +298,14 @@ def running_mean(means, values, decay):
     values = [m if v is None else v for m, v in zip(means, values)]
     none = [None] * len(means)
     known = tf.math.is_finite(slope(values, none, tf.float32))
-    share = tf.where(slope(means, none, tf.float32) > 0, 1 - decay, 1.0)
-    share = or_zero(share, known)
-    return [
-        None
-        if m is None
-        else m + tf.cast(share, m.dtype) * or_zero(v - m, known)
-        for m, v in zip(means, values)
-    ]
+    begun = slope(means, none, tf.float32) > 0
+    found = []
+    for m, v in zip(means, values):
+        if m is not None:
+            change = or_zero(v - m, known)
+            m += tf.where(begun, (1 - decay) * change, change)
+        found.append(m)
+    return found
 
 
 def dot(vectors, others, dtype):

@@ -438,7 +438,10 @@ def _all_dense(gradients):
 
 
 def _times(factor, tensor):
-    return tf.cast(factor, tensor.dtype) * tensor
+    # A Python number that is cast is rounded to float32 first.
+    if tf.is_tensor(factor):
+        factor = tf.cast(factor, tensor.dtype)
+    return factor * tensor
 
 
 def _dense(gradient):

@@ -135,7 +135,7 @@ class ASAM(SAM):
         self.eta = _checks.number("eta", eta, 0)
 
     def scaling(self, weights):
-        return [tf.abs(w) + tf.cast(self.eta, w.dtype) for w in weights]
+        return [tf.abs(w) + self.eta for w in weights]
 
     def get_config(self):
         return {**super().get_config(), "eta": self.eta}
@@ -234,7 +234,7 @@ class FriendlySAM(SAM):
     def ascent(self, gradients, scale, memory):
         """`d = g - share m`, times the scale."""
         return [
-            None if g is None else g - tf.cast(self.share * scale, m.dtype) * m
+            None if g is None else g - self.share * tf.cast(scale, m.dtype) * m
             for g, m in zip(gradients, memory["mean"])
         ]
 

@@ -263,7 +263,7 @@ def draw_costs(axis, results, task):
             elinewidth=0.8,
         )
         lowest.append(100 * (mean - (0 if died else interval)))
-    axis.set_ylim(bottom=min(lowest) - 2)
+    axis.set_ylim(min(lowest) - 2, min(axis.get_ylim()[1], 101))
     axis.set_xlabel("cost (x plain training)")
     axis.grid(alpha=0.3)
 

@@ -29,14 +29,23 @@ class Results:
     def __init__(self, path):
         self.path = path
         self.lines = []
+        self._end_the_last_line()
         self.read()
+
+    def _end_the_last_line(self):
+        """The last one of a benchmark that was killed may be half."""
+        if self.path.exists():
+            text = self.path.read_text()
+            if text and not text.endswith("\n"):
+                with self.path.open("a") as file:
+                    file.write("\n")
 
     def read(self):
         """Reads the file again."""
         self.lines.clear()
         text = self.path.read_text() if self.path.exists() else ""
         for line in text.splitlines():
-            # The last line of a benchmark that was killed may be half.
+            # What is half is made again.
             try:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
