@@ -32,13 +32,15 @@ class Study:
         return list(units(self.task, phase))
 
     def run(self, phase, name):
-        """Makes the runs of a unit."""
+        """Makes the runs of a unit; if quick, measures its cost at once."""
         if phase == "costs":
             self.time(self.method(name))
         elif name.startswith(SWEEP):
             self.sweep(self.method(name.removeprefix(SWEEP)))
         else:
             self.compare(self.method(name))
+            if self.quick and name in units(self.task, "costs"):
+                self.time(self.method(name))
 
     def method(self, name):
         for method in self._all_methods():
@@ -73,8 +75,14 @@ class Study:
         if len(settings) > 1:
             self.tune(method, settings)
             settings = [self.results.chosen(self.task.name, method.name)]
+        # Eigenvalues take longer than a short training.
+        close = (
+            int(method.name == _methods.PLAIN)
+            if self.quick
+            else CURVATURE_SEEDS
+        )
         for seed in range(self.task.seeds):
-            self.train(method, settings[0], seed, seed < CURVATURE_SEEDS)
+            self.train(method, settings[0], seed, seed < close)
 
     def tune(self, method, settings):
         first, second = _results.TUNING_SEEDS
