@@ -184,7 +184,10 @@ def sweep_table(results, tasks):
                 [
                     f"{task}: {name}",
                     f"{good} of {len(by_value)} good",
-                    *(f"{100 * by_value[v]:.1f}" for v in _methods.SWEEP),
+                    *(
+                        f"{100 * by_value[v]:.1f}" if v in by_value else "-"
+                        for v in _methods.SWEEP
+                    ),
                 ]
             )
     return markdown(header, rows)
@@ -263,7 +266,8 @@ def draw_costs(axis, results, task):
             elinewidth=0.8,
         )
         lowest.append(100 * (mean - (0 if died else interval)))
-    axis.set_ylim(min(lowest) - 2, min(axis.get_ylim()[1], 101))
+    if lowest:
+        axis.set_ylim(min(lowest) - 2, min(axis.get_ylim()[1], 101))
     axis.set_xlabel("cost (x plain training)")
     axis.grid(alpha=0.3)
 

@@ -18,7 +18,7 @@ class Study:
     Args:
         task: A `_tasks.Task`.
         results: A `_results.Results`.
-        quick: Whether to try two settings only, with one seed.
+        quick: Whether to try one setting only.
     """
 
     PHASES = ("plain", "methods", "studies", "costs")
@@ -86,7 +86,7 @@ class Study:
 
     def tune(self, method, settings):
         first, second = _results.TUNING_SEEDS
-        for setting in settings[:2] if self.quick else settings:
+        for setting in settings[:1] if self.quick else settings:
             self.train(method, setting, first)
         if not self.quick:
             task = self.task.name

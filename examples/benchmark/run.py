@@ -12,9 +12,10 @@ wrong labels) at the chosen one. The tables have means of the test accuracy
 after the last epoch, their 95% intervals, and differences to SAM seed by seed.
 
 Runs go on side by side, one in a process for each core, since such small nets
-gain nothing from several; costs are measured at the end, one by one. Each
-finished run is a line of the results file. A benchmark that was stopped goes
-on where it was; delete lines to have them made again.
+gain nothing from several; costs are measured at the end, one by one (with
+`--quick` meanwhile, which is of no use but to see it run). Each finished run
+is a line of the results file. A benchmark that was stopped goes on where it
+was; delete lines to have them made again.
 """
 
 import argparse
@@ -46,11 +47,12 @@ def main(argv=None):
     if not args.report:
         *phases, costs = _study.Study.PHASES
         bar = Bar(tasks, args)
-        with processes(args.jobs, max(1, os.cpu_count() // args.jobs)) as pool:
+        threads = max(1, os.cpu_count() // args.jobs)
+        with processes(args.jobs, threads, args.quick) as pool:
             for phase in phases:
                 run_phase(pool, phase, tasks, args, bar)
         # Alone, and with all threads.
-        with processes(1, 0) as pool:
+        with processes(1, 0, args.quick) as pool:
             run_phase(pool, costs, tasks, args, bar)
         bar.close()
     results = _results.Results(args.results)
@@ -70,7 +72,7 @@ def parse_args(argv=None):
     add("--results", type=pathlib.Path, help="the file of finished runs")
     add("--picture", type=pathlib.Path, help="where to draw the picture")
     add("--report", action="store_true", help="train nothing")
-    add("--quick", action="store_true", help="two epochs, two seeds")
+    add("--quick", action="store_true", help="200 pictures, two epochs")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     args = parser.parse_args(argv)
     name = "quick" if args.quick else "cifar" if args.cifar else "results"
@@ -86,7 +88,8 @@ def chosen_tasks(args):
     if args.tasks:
         tasks = [t for t in tasks if any(w in t.name for w in args.tasks)]
     if args.quick:
-        tasks = [dataclasses.replace(t, epochs=2, seeds=2) for t in tasks]
+        short = {"train": 200, "epochs": 2, "seeds": 2}
+        tasks = [dataclasses.replace(t, **short) for t in tasks]
     return tasks
 
 
@@ -100,13 +103,13 @@ def chosen_units(phase, tasks, args):
     ]
 
 
-def processes(count, threads):
+def processes(count, threads, quick):
     """An executor of processes of so many threads each, 0 for all."""
     return concurrent.futures.ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=prepare,
-        initargs=(threads,),
+        initargs=(threads, quick),
     )
 
 
@@ -127,12 +130,17 @@ def run_phase(pool, phase, tasks, args, bar):
         raise
 
 
-def prepare(threads):
+def prepare(threads, quick):
     """Makes a new process one of few threads, which ends with its parent."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
+    if quick:
+        # Optimizing a graph takes longer than a few steps with it.
+        tf.config.optimizer.set_experimental_options(
+            {"disable_meta_optimizer": True}
+        )
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -213,7 +221,7 @@ def runs_of(name, task, quick):
         return 2 if quick else 3 * len(_methods.SWEEP)
     if name in [m.name for m in _methods.ablations(1, 0, 0, [0])]:
         return task.seeds
-    tuning = 2 if quick else 6 + _results.FINALISTS
+    tuning = 1 if quick else 6 + _results.FINALISTS
     return tuning + task.seeds
 
 
