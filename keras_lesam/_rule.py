@@ -56,7 +56,8 @@ class Rule:
         keeps: Dict from the name of what is kept for each weight to whether
             it is kept for all weights, or for those that move only.
         combines: Whether `descent` is anything else than `h`.
-        needs_products: Whether inner products of gradients are asked for.
+        needs_products: Whether `remember`, `descent` or `reuse` look at sums
+            over all replicas.
     """
 
     every = 1
@@ -155,10 +156,10 @@ class Rule:
             dtype: Of scalars.
 
         Returns:
-            A list of tensors or `None`, at the scale of `gradients`; or
-            `None` where that is nothing.
+            A list like `gradients`, at their scale; `None` for nothing.
         """
-        del gradients, memory, dtype
+        del memory, dtype
+        return [None] * len(gradients)
 
 
 class LossEquated(Rule):

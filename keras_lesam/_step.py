@@ -321,7 +321,7 @@ class _FirstPass:
         gradients = perturbed
         if rule.combines:
             gradients = self._combine(perturbed, plain, products, climbed)
-        if self.problem.between is not None:
+        if self.problem.between is not None and rule.every > 1:
             gradients = self._reuse(gradients, products.totals[0])
         return gradients, remembered
 
@@ -337,16 +337,19 @@ class _FirstPass:
 
     def _reuse(self, gradients, plain):
         """With what an earlier climb has found, in a step between."""
-        found = self.problem.rule.reuse(plain, self.memory, self.budget.dtype)
-        if found is None:
-            return gradients
-        replicas = _passes.replicas() if self.problem.shared else 1
-        return [
-            g
-            if g is None or v is None
-            else g + _rule.or_zero(v / replicas, self.problem.between)
-            for g, v in zip(gradients, found)
-        ]
+        problem = self.problem
+        replicas = _passes.replicas() if problem.shared else 1
+
+        def reused():
+            found = problem.rule.reuse(plain, self.memory, self.budget.dtype)
+            return [
+                g if g is None or v is None else g + _over(v, replicas)
+                for g, v in zip(gradients, found)
+            ]
+
+        return _passes.either(
+            problem.conditional, problem.between, reused, lambda: gradients
+        )
 
     def _weights_only(self, tensors):
         return [
@@ -358,26 +361,23 @@ class _FirstPass:
 class _Products:
     """Inner products of the two gradients of a step, made when looked at.
 
-    Over all weights, and over the replicas where those climb as one.
+    Over all weights, and over the replicas where those climb as one: they
+    meet here, so that a rule may look in a branch.
+
+    Attributes:
+        totals: The plain gradients and the perturbed ones, two lists; `None`
+            where the rule does not ask for them.
     """
 
     def __init__(self, first, plain, perturbed):
-        self._first, self._gradients = first, (plain, perturbed)
-        self._totals = None
-
-    # Not a functools.cached_property: before Python 3.12 that holds a lock for
-    # all instances, and replicas that meet inside would wait for ever.
-    @property
-    def totals(self):
-        """The plain gradients and the perturbed ones, two lists."""
-        if self._totals is None:
-            weights = [self._first._weights_only(g) for g in self._gradients]
-            self._totals = self._first.over_replicas(weights)
-        return self._totals
+        self._dtype = first.budget.dtype
+        self.totals = None
+        if first.problem.rule.needs_products:
+            weights = [first._weights_only(g) for g in (plain, perturbed)]
+            self.totals = first.over_replicas(weights)
 
     def _dot(self, i, j):
-        dtype = self._first.budget.dtype
-        return _rule.dot(self.totals[i], self.totals[j], dtype)
+        return _rule.dot(self.totals[i], self.totals[j], self._dtype)
 
     @property
     def inner(self):
@@ -409,6 +409,11 @@ def _pairs(memory, found):
         for variable, value in zip(kept, found[name])
         if variable is not None
     ]
+
+
+def _over(tensor, replicas):
+    """A replica's part; no division by 1, which would be a copy."""
+    return tensor if replicas == 1 else tensor / replicas
 
 
 def _moved(weights, perturbation):

@@ -148,8 +148,7 @@ class SharpnessAwareModel(_workarounds.MultiWorkerModel):
             )
         gradients, learnt, statistics, logs = found
 
-        for variable, value in zip(self._memory_variables(), learnt):
-            variable.assign(value)
+        self._remember(learnt, between)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         self._statistics.update_state(statistics)
         return _workarounds.reducible({**logs, **self._statistics.result()})
@@ -191,6 +190,20 @@ class SharpnessAwareModel(_workarounds.MultiWorkerModel):
         climbs = tf.equal(iterations % every, 0)
         between = (budget > 0) & ~climbs
         return tf.where(climbs, budget, tf.zeros_like(budget)), between
+
+    def _remember(self, learnt, between):
+        """Writes what the next step may know of this one."""
+
+        def write():
+            for variable, value in zip(self._memory_variables(), learnt):
+                variable.assign(value)
+
+        in_a_branch = self._conditional() and _passes.replicas() == 1
+        if self._rule.every > 1 and between is not None and in_a_branch:
+            # Between climbs nothing is learnt: no copy of what is known.
+            tf.cond(between, lambda: None, write)
+        else:
+            write()
 
     def _two_passes(self):
         """The kind of step that the arguments ask for."""

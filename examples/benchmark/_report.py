@@ -86,22 +86,26 @@ def summary(results, tasks):
 
 
 def gains(results, task):
-    """What each cheaper way keeps of LE-SAM's gain over plain, by name."""
+    """What each cheaper way keeps of LE-SAM's gain over plain, by name.
+
+    For each seed the share of the mean gain, from the mean of plain.
+    """
+    names = (_methods.PLAIN, _methods.LESAM)
+    plain, lesam = (accuracies(results, task, name) for name in names)
     found = {}
     for name in (_methods.LESAM, *(m.name for m in _methods.cheaper(1))):
-        # Means are compared: the seeds are the same.
-        means = [
-            statistics.mean(r["test"] for r in runs.values())
-            for runs in (
-                results.finals(task, n)
-                for n in (_methods.PLAIN, _methods.LESAM, name)
-            )
-            if runs
-        ]
-        if len(means) == 3:
-            plain, lesam, cheaper = means
-            found[name] = (cheaper - plain) / (lesam - plain)
+        cheaper = accuracies(results, task, name)
+        if plain and lesam and cheaper:
+            mean = statistics.mean(plain.values())
+            gain = statistics.mean(lesam.values()) - mean
+            found[name] = [(test - mean) / gain for test in cheaper.values()]
     return found if len(found) > 1 else {}
+
+
+def accuracies(results, task, name):
+    """Test accuracies by seed."""
+    runs = results.finals(task, name)
+    return {seed: line["test"] for seed, line in runs.items()}
 
 
 def gain_table(results, tasks):
@@ -113,7 +117,8 @@ def gain_table(results, tasks):
         for task, found in by_task.items():
             ratio = results.cost(task, name)
             cost = "" if ratio is None else f" at {ratio:.2f}x"
-            cells.append(f"{100 * found[name]:.0f}%{cost}")
+            share, interval = mean_and_interval(found[name])
+            cells.append(f"{100 * share:.0f} ± {100 * interval:.0f}%{cost}")
         rows.append(cells)
     return markdown(["share of LE-SAM's gain", *tasks], rows)
 
@@ -228,20 +233,23 @@ def draw(results, tasks, picture, draw_task):
 
 
 def styles():
-    """Marker and color by the name of a method."""
+    """Marker and color by the name of a method; ten colors to a marker."""
     from matplotlib import colormaps
 
     groups = [
         ([_methods.PLAIN], "X"),
         ([m.name for m in _methods.METHODS if "LE-SAM" not in m.name], "o"),
         ([m.name for m in _methods.METHODS if "LE-SAM" in m.name], "D"),
-        ([m.name for m in _methods.cheaper(1)], "v"),
+        ([m.name for m in _methods.cheaper(1)], "v^"),
         ([m.name for m in _methods.start()], "P"),
     ]
     colors = colormaps["tab10"].colors
     return {
-        name: {"marker": marker, "color": colors[i % len(colors)]}
-        for names, marker in groups
+        name: {
+            "marker": markers[i // len(colors)],
+            "color": colors[i % len(colors)],
+        }
+        for names, markers in groups
         for i, name in enumerate(names)
     }
 

@@ -6,6 +6,8 @@ import _runs
 
 # Of so many seeds the minimum is looked at closely.
 CURVATURE_SEEDS = 3
+# Of so many pairs of blocks a cost is the median.
+PAIRS = 5
 SWEEP = "sweep: "
 
 
@@ -110,7 +112,7 @@ class Study:
         setting = self.results.chosen(self.task.name, method.name)
         key = self.key(method, setting, _results.COST)
         if self.results.find(**key) is None:
-            pairs = 1 if self.quick else 5
+            pairs = 1 if self.quick else PAIRS
             ratios = self.bench.cost(method, setting, key["base"], pairs)
             self.results.add({**key, "ratios": ratios})
 

@@ -24,7 +24,7 @@ def keras_trainee(library, net, method, mode, data, batch_size):
     Args:
         library: "keras_lesam" or "tf-keras".
         net: A key of `SHAPES`.
-        method: "plain", "SAM", "LE-SAM" or "LE-SAM secant".
+        method: "plain", or one that `speed.METHODS` has for the library.
         mode: "graph" or "XLA".
         data: Arrays of pictures and labels.
         batch_size: Integer.
@@ -82,6 +82,13 @@ def _sam(net):
     return SAMModel(net, rules.SAM(RHO))
 
 
+def _look(net):
+    from keras_lesam import SAMModel
+    from keras_lesam import rules
+
+    return SAMModel(net, rules.LookSAM(RHO, every=4))
+
+
 def _tf_keras_sam(net):
     import tf_keras
 
@@ -94,6 +101,8 @@ _WRAPPERS = {
     ("keras_lesam", "SAM"): _sam,
     ("keras_lesam", "LE-SAM"): _lesam(),
     ("keras_lesam", "LE-SAM secant"): _lesam(curvature="secant"),
+    ("keras_lesam", "LE-SAM, every 4th"): _lesam(ascent_every=4),
+    ("keras_lesam", "LookSAM, every 4th"): _look,
     ("tf-keras", PLAIN): _plain,
     ("tf-keras", "SAM"): _tf_keras_sam,
 }

@@ -1,6 +1,6 @@
 """Does sharpness-aware training generalise better, on real data, and which?
 
-    python run.py                 about 90 minutes on two cores
+    python run.py                 about 85 minutes on two cores
     python run.py --quick         everything, too short to mean anything
     python run.py --cifar --data-dir ~/tensorflow_datasets
     python run.py --report        the tables and pictures of what is there
@@ -51,8 +51,8 @@ def main(argv=None):
         with processes(args.jobs, threads, args.quick) as pool:
             for phase in phases:
                 run_phase(pool, phase, tasks, args, bar)
-        # Alone, and with all threads.
-        with processes(1, 0, args.quick) as pool:
+        # Alone: a run beside it would be measured, too.
+        with processes(1, 1, args.quick) as pool:
             run_phase(pool, costs, tasks, args, bar)
         bar.close()
     results = _results.Results(args.results)
@@ -104,7 +104,7 @@ def chosen_units(phase, tasks, args):
 
 
 def processes(count, threads, quick):
-    """An executor of processes of so many threads each, 0 for all."""
+    """An executor of processes of so many threads each."""
     return concurrent.futures.ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),

@@ -37,7 +37,10 @@ import numpy as np
 BATCH_SIZE = 128
 CLASSES = 10
 METHODS = {
-    "keras_lesam": ("LE-SAM", "LE-SAM secant", "SAM"),
+    "keras_lesam": (
+        *("LE-SAM", "LE-SAM secant", "SAM"),
+        *("LE-SAM, every 4th", "LookSAM, every 4th"),
+    ),
     "tf-keras": ("SAM",),
     "pytorch_optimizer": ("SAM",),
 }
