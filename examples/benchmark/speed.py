@@ -1,6 +1,6 @@
 """What does a step of SAM cost, beside other libraries that have one?
 
-    python speed.py               about 20 minutes on two cores
+    python speed.py               about half an hour on two cores
     python speed.py --libraries keras_lesam tf-keras --nets dense
     python speed.py --quick       all rows, too short to mean anything
 
