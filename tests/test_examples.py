@@ -91,8 +91,8 @@ def test_benchmark_goes_on_where_it_was(tmp_path):
     ]
     first = run(*arguments)
     lines = results.read_text().splitlines()
-    # One setting with one seed, and two seeds; two costs.
-    assert len(lines) == 3 * (1 + 2) + 2
+    # Two seeds, and one that plain training tunes with; two costs.
+    assert len(lines) == 3 * 2 + 1 + 2
     results.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])
     assert lines_of_tables(run(*arguments)) == lines_of_tables(first)
     again = results.read_text().splitlines()

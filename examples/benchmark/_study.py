@@ -20,7 +20,8 @@ class Study:
     Args:
         task: A `_tasks.Task`.
         results: A `_results.Results`.
-        quick: Whether to try one setting only.
+        quick: Whether to try one setting only, and to choose no other than
+            plain training's.
     """
 
     PHASES = ("plain", "methods", "studies", "costs")
@@ -74,6 +75,8 @@ class Study:
     def compare(self, method):
         """Chooses a setting and trains with all seeds."""
         settings = method.settings
+        if self.quick and method.name != _methods.PLAIN:
+            settings = settings[:1]
         if len(settings) > 1:
             self.tune(method, settings)
             settings = [self.results.chosen(self.task.name, method.name)]

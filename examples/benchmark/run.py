@@ -221,7 +221,7 @@ def runs_of(name, task, quick):
         return 2 if quick else 3 * len(_methods.SWEEP)
     if name in [m.name for m in _methods.ablations(1, 0, 0, [0])]:
         return task.seeds
-    tuning = 1 if quick else 6 + _results.FINALISTS
+    tuning = 0 if quick else 6 + _results.FINALISTS
     return tuning + task.seeds
 
 
