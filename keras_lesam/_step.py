@@ -321,7 +321,7 @@ class _FirstPass:
         gradients = perturbed
         if rule.combines:
             gradients = self._combine(perturbed, plain, products, climbed)
-        if self.problem.between is not None and rule.every > 1:
+        if rule.every > 1:
             gradients = self._reuse(gradients, products.totals[0])
         return gradients, remembered
 

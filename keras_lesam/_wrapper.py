@@ -199,7 +199,7 @@ class SharpnessAwareModel(_workarounds.MultiWorkerModel):
                 variable.assign(value)
 
         in_a_branch = self._conditional() and _passes.replicas() == 1
-        if self._rule.every > 1 and between is not None and in_a_branch:
+        if self._rule.every > 1 and in_a_branch:
             # Between climbs nothing is learnt: no copy of what is known.
             tf.cond(between, lambda: None, write)
         else:

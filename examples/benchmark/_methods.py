@@ -67,11 +67,11 @@ def _sam_rule(name, rule, **values):
     return Method(name, wrap, _grid(**values))
 
 
-def lesam(name, cost=1.8, sigmas=_SIGMAS, rho_max=1.0, **options):
+def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
     """A `Method` of `LESAMModel` with these options."""
 
     def wrap(net, setting):
-        return LESAMModel(net, setting["sigma"], rho_max, **options)
+        return LESAMModel(net, setting["sigma"], **options)
 
     return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
 
@@ -136,12 +136,8 @@ def within(name, start, stop, steps, cost):
 def cheaper(steps):
     """Ways to pay less than a pass, for a training of `steps` steps."""
 
-    def look(net, setting):
-        return SAMModel(net, rules.LookSAM(every=4, **setting))
-
-    def look_warmed(every, net, setting):
-        rule = rules.LookSAM(every=every, **setting)
-        return SAMModel(net, rule, warmup=0.1, anneal=0.2)
+    def look(every, net, setting, **options):
+        return SAMModel(net, rules.LookSAM(every=every, **setting), **options)
 
     shares_and_rhos = _grid(alpha=(0.5, 0.7), rho=(0.1, 0.2, 0.4))
     large = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
@@ -155,14 +151,21 @@ def cheaper(steps):
         within("time: last 30%", 0.7, 1.0, steps, 1.25),
         lesam("gradient: previous", 1.05, ascent_from="previous"),
         lesam("gradient: momentum", 1.05, ascent_from="momentum"),
-        Method("LookSAM, every 4th", look, _grid(rho=_RHOS), "rho", 1.2),
+        Method(
+            "LookSAM, every 4th",
+            functools.partial(look, 4),
+            _grid(rho=_RHOS),
+            cost=1.2,
+        ),
         # Came later, when validation accuracies had shown that a climb made
         # more rarely has to be larger, and what LookSAM lacks.
-        lesam("steps: every 4th, cap 2", 1.2, large, 2.0, ascent_every=4),
+        lesam(
+            "steps: every 4th, cap 2", 1.2, large, rho_max=2.0, ascent_every=4
+        ),
         *(
             Method(
                 f"LookSAM, every {every}th, warmed up",
-                functools.partial(look_warmed, every),
+                functools.partial(look, every, warmup=0.1, anneal=0.2),
                 shares_and_rhos,
                 cost=1.2,
             )

@@ -96,16 +96,15 @@ def gains(results, task):
     for name in (_methods.LESAM, *(m.name for m in _methods.cheaper(1))):
         cheaper = accuracies(results, task, name)
         if plain and lesam and cheaper:
-            mean = statistics.mean(plain.values())
-            gain = statistics.mean(lesam.values()) - mean
-            found[name] = [(test - mean) / gain for test in cheaper.values()]
+            mean = statistics.mean(plain)
+            gain = statistics.mean(lesam) - mean
+            found[name] = [(test - mean) / gain for test in cheaper]
     return found if len(found) > 1 else {}
 
 
 def accuracies(results, task, name):
-    """Test accuracies by seed."""
-    runs = results.finals(task, name)
-    return {seed: line["test"] for seed, line in runs.items()}
+    """Test accuracies of all seeds."""
+    return [line["test"] for line in results.finals(task, name).values()]
 
 
 def gain_table(results, tasks):
