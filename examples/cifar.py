@@ -2,29 +2,29 @@
 
     python cifar.py                              # ResNet-18 on CIFAR-10
     python cifar.py --dataset cifar100 --net wrn28_10 --rho-max none
-    python cifar.py --method sgd --folder sgd    # the same without a climb
+    python cifar.py --method sgd --folder sgd    # the same by plain SGD
     python cifar.py --mixed-precision mixed_bfloat16 --jit
     python cifar.py --width 0.125 --limit 2000 --epochs 5     # without a GPU
 
 The recipe: SGD with momentum 0.9, batches of 128, 200 epochs, a learning rate
 from 0.05 to 0 on a cosine, weight decay 1e-3, pictures shifted by up to 4
-pixels and mirrored; a budget of 0.35 and a cap of 0.3 or none, warmed up over
-10 epochs and annealed from epoch 160 on. The climb is one for all replicas,
-as in the paper: how many there are does not change what is trained, but for
-batch normalization, whose statistics are of each replica's own rows.
+pixels and mirrored; a loss budget of 0.35 and a cap on the radius of 0.3 or
+none, warmed up over 10 epochs and annealed from epoch 160 on. All replicas
+take the same ascent step, as in the paper: their number does not change the
+training, except that batch normalization takes its statistics over the rows
+of each replica.
 
 The paper reports test accuracies of up to 97.63% on CIFAR-10 and 85.91% on
-CIFAR-100, with its best architectures. Independent of it, the published logs
-of F-SAM have, for ResNet-18 on CIFAR-100 by this recipe plus cutout, 80.78%
-with SAM of radius 0.2 and 81.32% with F-SAM. None of these numbers was
-reproduced here: that takes a GPU and a day.
+CIFAR-100, with its best architectures. Independently, the published logs of
+F-SAM have, for ResNet-18 on CIFAR-100 by this recipe plus cutout, 80.78% with
+SAM of radius 0.2 and 81.32% with F-SAM. None of these numbers was reproduced
+here: that takes a GPU and a day.
 
 The pictures come from TensorFlow Datasets, which downloads what is not in
-`--data-dir` yet. Strategies, and going on after an interruption, are those of
-distributed.py; a training that goes on meets the pictures in the order of its
+`--data-dir` yet. Strategies, and resuming after an interruption, are those of
+distributed.py; a training that resumes gets the pictures in the order of its
 first epochs again. Plain Keras, and so `--method sgd`, cannot train on
-several machines. Run here on CPUs; never on GPUs or TPUs, which were not at
-hand.
+several machines. It was run on CPUs, and not on GPUs or TPUs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SHIFT = 4
 
 
 class Task(NamedTuple):
-    """What is to be known of a data set.
+    """Constants of a data set.
 
     Attributes:
         classes: Integer.
@@ -80,7 +80,7 @@ def main(argv=None):
         train,
         validation_data=test,
         epochs=args.epochs,
-        shuffle=False,  # They are already; Keras would warn that it cannot.
+        shuffle=False,  # The data set shuffles; Keras would warn.
         verbose=1 if chief else 0,
         callbacks=new_callbacks(args, chief),
     )
@@ -139,7 +139,7 @@ def number_or_none(text):
 
 
 def load(args):
-    """Pictures with labels, to train on and to test: bytes, not in batches."""
+    """Load the pictures to train on and to test, as bytes, with labels."""
     import tensorflow_datasets as tfds
 
     return tfds.load(
@@ -147,32 +147,32 @@ def load(args):
         split=["train", "test"],
         data_dir=args.data_dir,
         as_supervised=True,
-        # What is kept in memory is what `--limit` leaves.
+        # Only the pictures within `--limit` are cached, later on.
         read_config=tfds.ReadConfig(try_autocache=False),
     )
 
 
 def training_batches(pictures, args):
-    """Batches in another order and with other changes in each epoch."""
+    """Make batches, in each epoch in a new order and augmented anew."""
     pictures = pictures.take(args.limit).cache()
     shuffled = pictures.shuffle(int(pictures.cardinality()), seed=args.seed)
-    # A seed for each picture: the changes are the same whatever runs first.
+    # A seed for each picture: the result does not depend on thread timing.
     seeds = tf.data.Dataset.random(args.seed, rerandomize_each_iteration=True)
     seeds = seeds.batch(4, drop_remainder=True)
     changed = tf.data.Dataset.zip(shuffled, seeds).map(
         lambda pair, seed: (augment(pair[0], seed), pair[1]),
         num_parallel_calls=tf.data.AUTOTUNE,
     )
-    # Whole batches: their shapes are static, as TPUs want.
+    # Whole batches: TPUs need static shapes.
     return distribute(changed.batch(args.batch_size, drop_remainder=True))
 
 
 def augment(picture, seed):
-    """The picture shifted, with black borders, and one time in two mirrored.
+    """Shift a picture, with black borders, and mirror it one time in two.
 
     Args:
         picture: Tensor (32, 32, 3).
-        seed: Four integers, for the same numbers each time.
+        seed: Tensor of four integers; they determine the result.
     """
     side = SIDE + 2 * SHIFT
     padded = tf.image.resize_with_crop_or_pad(picture, side, side)
@@ -181,12 +181,12 @@ def augment(picture, seed):
 
 
 def evaluation_batches(pictures, args):
-    """Batches of the pictures as they are."""
+    """Make batches of the pictures, not augmented."""
     return distribute(pictures.batch(args.batch_size).cache())
 
 
 def distribute(batches):
-    """Batches that several machines deal out by rows; all read all files."""
+    """Shard batches among machines by rows; all of them read all files."""
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
@@ -198,10 +198,10 @@ def distribute(batches):
 
 
 def new_net(args):
-    """From pictures in [0, 255] to logits; what is exported needs no more."""
+    """Build the net from pictures in [0, 255] to logits: it normalizes them."""
     task = TASKS[args.dataset]
     pictures = keras.Input((SIDE, SIDE, 3), name="pictures")
-    # In float32, as the logits: half the bits have no room for either.
+    # In float32, as the logits: half precision is too coarse for both.
     x = layers.Normalization(
         mean=255 * np.array(task.mean),
         variance=np.square(255 * np.array(task.deviation)),
@@ -214,7 +214,7 @@ def new_net(args):
 
 
 def resnet18(x, width):
-    """He et al. 2016, for small pictures: no strides and no pooling at first.
+    """Apply ResNet-18 (He et al. 2016) without strides and pooling at first.
 
     Args:
         x: Keras tensor (batch, rows, columns, channels).
@@ -232,7 +232,7 @@ def resnet18(x, width):
 
 
 def basic_block(x, filters, strides):
-    """Two convolutions with normalization, and a way past them."""
+    """Apply two normalized convolutions with a residual connection."""
     y = normalized_relu(convolution(x, filters, 3, strides))
     y = normalize(convolution(y, filters))
     if x.shape != y.shape:
@@ -241,9 +241,9 @@ def basic_block(x, filters, strides):
 
 
 def wrn28_10(x, width):
-    """Wide ResNet (Zagoruyko and Komodakis 2016), no dropout.
+    """Apply a Wide ResNet (Zagoruyko and Komodakis 2016) without dropout.
 
-    Arguments and result are like those of `resnet18`.
+    Arguments and return value are like those of `resnet18`.
     """
     x = convolution(x, channels(16, width))
     for stage in range(3):
@@ -254,7 +254,7 @@ def wrn28_10(x, width):
 
 
 def preactivated_block(x, filters, strides):
-    """Normalization comes before each convolution, and nothing after."""
+    """Apply a residual block that normalizes before each convolution."""
     activated = normalized_relu(x)
     y = normalized_relu(convolution(activated, filters, 3, strides))
     y = convolution(y, filters)
@@ -282,7 +282,7 @@ def convolution(x, filters, size=3, strides=1):
 
 
 def normalize(x):
-    # Momentum and epsilon of PyTorch, which the recipe was made with.
+    # The recipe was made with PyTorch: its momentum and epsilon.
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
 
@@ -295,15 +295,16 @@ def normalized_relu(x):
 
 @keras.saving.register_keras_serializable(package="keras_lesam_examples")
 class CoupledSGD(keras.optimizers.SGD):
-    """SGD with the weight decay of PyTorch's: a part of the gradient.
+    """SGD with weight decay as in PyTorch: a part of the gradient.
 
-    The optimizer adds `decay` times the weights to the gradient it is given:
-    the momentum gathers it, and the loss that is climbed does not contain it.
-    An L2 regularizer would be climbed too, and `SGD(weight_decay=...)` of
-    Keras keeps out of the momentum: at 0.9 it decays a tenth as much. What
-    differs from PyTorch is that each gradient keeps the learning rate of its
-    own step in the momentum, where PyTorch's has no rate and is multiplied by
-    that of the current step; where the rate is constant, nothing differs.
+    The optimizer adds `decay` times the weights to the gradient it is given.
+    The decay enters the momentum, and is no part of the loss of the ascent
+    step. An L2 regularizer would be part of that loss, and
+    `SGD(weight_decay=...)` of Keras does not enter the momentum: at 0.9 it
+    decays a tenth as much. One difference to PyTorch remains: here the
+    momentum sums gradients times the learning rate of their own step, where
+    PyTorch sums gradients, and multiplies by the rate of the current step.
+    With a constant rate both are the same.
 
     Args:
         decay: Float, in units of a gradient over a weight.
@@ -316,7 +317,7 @@ class CoupledSGD(keras.optimizers.SGD):
         self.decay = decay
 
     def update_step(self, gradient, variable, learning_rate):
-        # After the sum over replicas and the loss scale: once, and unscaled.
+        # Here gradients are summed over replicas and unscaled already.
         gradient = gradient + self.decay * variable
         super().update_step(gradient, variable, learning_rate)
 
@@ -325,7 +326,7 @@ class CoupledSGD(keras.optimizers.SGD):
 
 
 def new_model(args, steps):
-    """The compiled model, for a training of so many steps."""
+    """Make the compiled model for a training of `steps` steps."""
     model = new_net(args)
     if args.method == "lesam":
         model = LESAMModel(
@@ -347,7 +348,7 @@ def new_model(args, steps):
 
 
 def learning_rates(steps):
-    """From 0.05 to 0 over so many steps."""
+    """Make the schedule from 0.05 to 0 over `steps` steps."""
     return keras.optimizers.schedules.CosineDecay(0.05, steps)
 
 

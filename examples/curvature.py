@@ -31,7 +31,7 @@ COLORS = {"SGD": "#0072B2", "SAM": "#009E73", "LE-SAM": "#D55E00"}
 
 
 def sam(net):
-    """Of a budget that is never in reach, only the cap is left: SAM."""
+    """Make SAM: with a budget out of reach, the radius is always the cap."""
     return LESAMModel(net, 1e9, RHO, warmup=0, anneal=0)
 
 
@@ -46,9 +46,9 @@ class Minimum(NamedTuple):
     """Where a training ended.
 
     Attributes:
-        accuracy: Float, of the test.
-        loss: Float, of the training, in the last epoch.
-        eigenvalues: Array, the largest of the Hessian, from the top.
+        accuracy: Float, on the test data.
+        loss: Float, the training loss of the last epoch.
+        eigenvalues: Array, the largest of the Hessian in decreasing order.
         trace: A `curvature.Trace`.
         spectrum: A `curvature.SpectralDensity`.
     """

@@ -5,14 +5,15 @@
     python defaults.py --quick
 
 A cell of the panel is a net, an optimizer and a data set. Without --settings
-LE-SAM has the defaults of `LESAMModel`; what a setting does not name has its
-default too. With --results, each finished run is kept in that file and not
-done again by a later call; delete the file after a change of the library.
+LE-SAM has the defaults of `LESAMModel`; a setting changes those that it names.
+With --results, each finished run is saved in that file, and a later call does
+not repeat it; delete the file after a change of the library.
 
 The losses are those of the training data after training, and a cell has
 collapsed where LE-SAM's is more than 0.7 above the plain one. rho is the
-median over epochs; "at cap" is the share of the steps whose rho is rho_max;
-rise/sigma is the median over the steps of the rise reached over its budget.
+median over epochs; "at cap" is the fraction of the steps whose rho is
+rho_max; rise/sigma is the median over the steps of the rise of the loss in
+the ascent step, divided by its budget.
 
 All 24 cells take about a quarter of an hour on two cores, with one setting.
 """
@@ -31,7 +32,7 @@ import keras
 from keras_lesam import LESAMModel
 
 COLLAPSE = 0.7  # Training loss above that of plain training, in loss units.
-AT_CAP = 0.999  # Share of rho_max from which the cap binds.
+AT_CAP = 0.999  # Fraction of rho_max from which the cap binds.
 BATCH_SIZE = 64
 
 NETS = ("dense", "deep_dense", "conv", "conv_bn", "vit", "lstm")
@@ -86,7 +87,7 @@ def parse_args():
     add("--markdown", action="store_true", help="print tables in Markdown")
     add("--quick", action="store_true", help="one net, 8 x 8 digits, 3 epochs")
     args = parser.parse_args()
-    # None given: the defaults. Given twice: once.
+    # Without a setting, the defaults; a repeated setting counts once.
     settings = args.settings or [parse_setting("")]
     args.settings = [s for i, s in enumerate(settings) if s not in settings[:i]]
     if args.quick:
@@ -95,7 +96,7 @@ def parse_args():
 
 
 def parse_setting(text):
-    """`"sigma=0.1,rho_max=none"` as arguments of `LESAMModel`, in full."""
+    """Parse `"sigma=0.1,rho_max=none"` into arguments of `LESAMModel`."""
     setting = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -113,7 +114,7 @@ def parse_setting(text):
 
 
 def plan(args):
-    """All runs: each a dict that says all about it. Plain ones come first."""
+    """List all runs, each as a dict that determines it; plain ones first."""
     cells = itertools.product(
         range(args.seeds), args.optimizers, args.nets, args.data
     )
@@ -143,7 +144,7 @@ def key(run):
 
 
 def read(path):
-    """What earlier calls found: a dict from `key(run)` to the outcome."""
+    """Read the outcomes of earlier calls as a dict by `key(run)`."""
     if path is None or not path.exists():
         return {}
     records = map(json.loads, path.read_text().splitlines())
@@ -157,12 +158,12 @@ def append(path, run, outcome):
 
 
 def train_missing(runs, results, path):
-    """Trains what is not in `results` yet, and adds it there."""
+    """Train the runs that are not in `results` yet, and add them there."""
     from tqdm import tqdm
 
     missing = [run for run in runs if key(run) not in results]
     data = {name: DATA[name]() for name in {run["data"] for run in missing}}
-    # The bar counts passes over the data, for a better guess at the time left.
+    # The bar counts passes over the data: they predict the time left best.
     total = sum(map(passes, missing))
     with tqdm(total=total, smoothing=0, unit="pass", disable=not total) as bar:
         for run in missing:
@@ -177,7 +178,7 @@ def passes(run):
 
 
 def train(run, data):
-    """Trains a new net; returns how it went as a dict of numbers."""
+    """Train a new net; return the outcome as a dict of numbers."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(run["seed"])
     model = _nets.NETS[run["net"]](data.x_train.shape[1:])
@@ -243,7 +244,7 @@ class StepRecord(keras.callbacks.Callback):
         self._sums = sums
 
     def summary(self, rho_max):
-        """Share of the steps at the cap, median rise over the budget."""
+        """Return the fraction of steps at the cap, the median rise/budget."""
         cap = math.inf if rho_max is None else AT_CAP * rho_max
         at_cap = [step["rho"] >= cap for step in self.steps]
         rises = [
@@ -261,7 +262,7 @@ class StepRecord(keras.callbacks.Callback):
 
 
 def summarize(runs, setting, results):
-    """Rows of the table, one for each cell: means over the seeds."""
+    """Make the rows of the table, one for each cell: means over the seeds."""
     cells = {}
     for run in runs:
         if run["setting"] == setting:
@@ -272,7 +273,7 @@ def summarize(runs, setting, results):
 
 
 def cell(name, pairs):
-    """A row: a cell's name and its pairs of outcomes, as numbers."""
+    """Make a row from the name of a cell and its pairs of outcomes."""
 
     def mean(which, number):
         return statistics.fmean(pair[which][number] for pair in pairs)
@@ -283,7 +284,7 @@ def cell(name, pairs):
         "plain loss": mean(0, "loss"),
         "LE-SAM loss": mean(1, "loss"),
         "difference": statistics.fmean(rises),
-        # A loss that is not a number is a collapse too.
+        # Written so that a loss of nan counts as a collapse, too.
         "collapsed": sum(not rise <= COLLAPSE for rise in rises),
         "plain acc.": mean(0, "accuracy"),
         "LE-SAM acc.": mean(1, "accuracy"),
@@ -293,7 +294,7 @@ def cell(name, pairs):
 
 
 def tell(setting, rows, markdown):
-    """Prints a setting's table and a line that sums it up."""
+    """Print the table of a setting and a line that summarizes it."""
     print(
         "\n"
         + ", ".join(f"{name}={value}" for name, value in setting.items())
@@ -323,7 +324,7 @@ def format_row(row):
 
 
 def table(lines, markdown):
-    """Lines of strings, aligned: two spaces or Markdown between columns."""
+    """Align lines of cells, in plain text or in Markdown."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [[c.ljust(w) for c, w in zip(line, widths)] for line in lines]
     if not markdown:

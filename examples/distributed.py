@@ -6,14 +6,14 @@
                 "task": {"type": "worker", "index": 0}}' \\
         python distributed.py --folder /shared   # one of two machines
 
-The script is the same everywhere; only the strategy differs. Each replica
-climbs on its own rows (`--scope replica`), or all climb as one (`--scope
-global`). A run that was interrupted goes on where it was: the chief saves
-the state of the training after every epoch into `--folder`, which all
-machines must share, and all of them resume from it.
+The script is the same everywhere; only the strategy differs. The ascent step
+is computed by each replica from its own rows (`--scope replica`), or from the
+rows of all replicas (`--scope global`). A run that was interrupted resumes:
+the chief saves the state of the training after every epoch into `--folder`,
+which all machines must share, and all of them resume from it.
 
-With TF_CONFIG, start it on every machine. Run here on CPUs, in one process
-and in two; never on GPUs or TPUs, which were not at hand.
+With TF_CONFIG, start it on every machine. It was run on CPUs, in one process
+and in two, and not on GPUs or TPUs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main():
     data = _common.load_mnist5k()
     with strategy.scope():
         model = new_model(args)
-    # On every machine the same order of the same rows: each takes its share.
+    # All machines need the same order of the rows: each takes some of them.
     keras.utils.set_random_seed(args.seed)
     model.fit(
         datasets(data.x_train, data.y_train, args, shuffle=True),
@@ -81,7 +81,7 @@ def parse_args():
 
 
 def choose_strategy(args):
-    """The strategy for the devices that are there; the best one first."""
+    """Choose the strategy for the devices of this machine or cluster."""
     if "TF_CONFIG" in os.environ:
         return tf.distribute.MultiWorkerMirroredStrategy()
     if "TPU_NAME" in os.environ or "TPU_WORKER_ID" in os.environ:
@@ -102,7 +102,7 @@ def choose_strategy(args):
 
 
 def is_chief():
-    """The first worker, or the only process."""
+    """Return whether this is the first worker, or the only process."""
     config = json.loads(os.environ.get("TF_CONFIG", "{}"))
     task = config.get("task", {"type": "worker", "index": 0})
     return task["type"] == "chief" or (
@@ -111,11 +111,11 @@ def is_chief():
 
 
 def datasets(x, y, args, shuffle=False):
-    """Batches of all replicas together; `fit` deals them out by rows."""
+    """Make global batches, which `fit` shards among the replicas by rows."""
     dataset = tf.data.Dataset.from_tensor_slices((x, y))
     if shuffle:
         dataset = dataset.shuffle(len(x), seed=args.seed)
-    # Whole batches while training: their shapes are static, as TPUs want.
+    # Whole batches in training: TPUs need static shapes.
     dataset = dataset.batch(args.batch_size, drop_remainder=shuffle)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
@@ -155,7 +155,7 @@ def new_model(args):
 
 
 def backup(folder, chief):
-    """The chief saves after every epoch; all restore what it has saved."""
+    """Make the callback: the chief saves after every epoch, all restore."""
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
     never = {"save_freq": np.iinfo(np.int64).max, "delete_checkpoint": False}

@@ -4,7 +4,7 @@
     python quickstart.py --data digits --epochs 60
 
 Both trainings start from the same weights and see the same batches: few
-images, some with a wrong label, so that learning them by heart does not pay.
+images, some with a wrong label, so that memorising them does not generalise.
 Prints one table, draws one picture, and serves the trained net from a
 SavedModel. Takes about half a minute on two cores.
 """
@@ -51,7 +51,8 @@ class Run(NamedTuple):
         name: String, the method.
         model: The `keras.Model` that was fitted.
         history: Dict of lists, the logs of `fit`.
-        memorised: Float, the share of the wrong labels that the net learnt.
+        memorised: Float, the fraction of the wrong labels that the net
+            predicts.
         losses: Array (directions, distances), the training loss around the
             minimum.
     """
@@ -64,17 +65,17 @@ class Run(NamedTuple):
 
     @property
     def accuracy(self):
-        """Test accuracy in the end."""
+        """Return the final test accuracy."""
         return self.history["val_accuracy"][-1]
 
     @property
     def loss(self):
-        """Training loss in the end."""
+        """Return the final training loss."""
         return self.losses[0, DISTANCES == 0].item()
 
     @property
     def rises(self):
-        """Rises of the training loss at `RADIUS`, both ways."""
+        """Return the rises of the training loss at `RADIUS`, both ways."""
         return self.losses[:, np.isclose(abs(DISTANCES), RADIUS)] - self.loss
 
 
@@ -121,7 +122,7 @@ def parse_args():
 
 
 def load(name):
-    """2,000 of the 5,000 MNIST digits to train on, 1,000 of the 8 x 8 ones."""
+    """Load 2,000 MNIST digits or 1,000 8 x 8 digits to train on."""
     if name == "mnist":
         return _common.load_mnist5k(train=2000)
     return _common.load_digits8(train=1000)
@@ -138,7 +139,7 @@ def tell_task(data, args):
 
 
 def small_net(input_shape):
-    """Two convolutions, two dense layers; logits of the ten digits."""
+    """Build two convolutions and two dense layers; outputs are ten logits."""
     layers = keras.layers
     return keras.Sequential(
         [
@@ -153,7 +154,7 @@ def small_net(input_shape):
 
 
 def new_model(method, data, args):
-    """The model to fit, compiled; of one seed, hence of the same weights."""
+    """Make the compiled model; the seed gives all methods the same weights."""
     keras.utils.set_random_seed(args.seed)
     model = METHODS[method](small_net(data.x_train.shape[1:]), args.sigma)
     steps = args.epochs * -(-len(data.x_train) // BATCH_SIZE)
@@ -164,7 +165,7 @@ def new_model(method, data, args):
 
 
 def train(method, data, labels, args):
-    """Trains a new model and looks around where it ended.
+    """Train a new model and measure the loss around its minimum.
 
     Args:
         method: String, one of `METHODS`.
@@ -198,9 +199,9 @@ def train(method, data, labels, args):
 
 
 def time_epochs(data, labels, args):
-    """Seconds of single epochs of each method, without the first.
+    """Measure the seconds of an epoch of each method, without the first.
 
-    In turns, so that whatever else the computer does slows down both.
+    The methods take turns, so that other load on the computer slows down both.
 
     Returns:
         Dict of arrays (`TIMED_EPOCHS`,), by method.
@@ -220,7 +221,7 @@ def time_epochs(data, labels, args):
 
 
 def memorised(model, data, labels):
-    """The share of the wrong labels that the model learnt by heart."""
+    """Compute the fraction of the wrong labels that the model predicts."""
     wrong = labels != data.y_train
     logits = model.predict_on_batch(data.x_train[wrong])
     return np.mean(logits.argmax(-1) == labels[wrong])
@@ -255,7 +256,7 @@ def tell_results(sgd, lesam, seconds):
 
 
 def draw(sgd, lesam, path):
-    """Draws how both trainings went and where they ended."""
+    """Draw the curves of both trainings and the loss around both minima."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
@@ -349,9 +350,9 @@ def plot(axis, run, name, **line):
 
 
 def serve(model, data, path, rows=100):
-    """Exports the trained net; lets the SavedModel read some digits."""
+    """Export the trained net, and predict some digits by the SavedModel."""
     model.export(str(path), verbose=False)
-    # The variables live as long as what `load` returns.
+    # The variables are deleted with the object that `load` returns.
     loaded = tf.saved_model.load(str(path))
     batch = data.x_test[:rows]
     logits = loaded.serve(batch).numpy()

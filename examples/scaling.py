@@ -1,4 +1,4 @@
-"""What several replicas cost: LE-SAM against plain `fit` on the same strategy.
+"""Costs of several replicas: LE-SAM against plain `fit`, same strategy.
 
     python scaling.py
     python scaling.py --nets vit --pairs 9 --markdown
@@ -89,7 +89,7 @@ def mirrored(replicas):
 
 
 def measure(net, replicas, strategy, args):
-    """Rows of the table for one net: a list for each method."""
+    """Yield the rows of the table for one net: a list for each method."""
     keras.utils.set_random_seed(0)
     data = speed.random_data(speed.NETS[net][0], args.steps)
     trainees = {}
@@ -115,7 +115,7 @@ def measure(net, replicas, strategy, args):
 
 
 def collectives(strategy, trainee):
-    """Bytes of each collective operation of a step, of one replica."""
+    """List the bytes of each collective operation in a step of a replica."""
     rows = [d[: speed.BATCH_SIZE] for d in trainee.data]
     data = tf.data.Dataset.from_tensors(tuple(rows))
     batch = next(iter(strategy.experimental_distribute_dataset(data)))

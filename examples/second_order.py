@@ -1,17 +1,18 @@
-"""The budget to second order: what each `curvature` does over a training.
+"""The budget to second order: each `curvature` over a whole training.
 
     python second_order.py
     python second_order.py --wrong-labels 0.2
     python second_order.py --nets conv_bn --seeds 0 --sigma 0.2
 
 Trains small nets on 4,000 digits of MNIST, once for each way to take the
-curvature along the climb into account, from the same weights on the same
-batches. Prints how far from its budget the rise of the loss was, how far the
-climbs went, and what came of it; draws budget and radius over the epochs.
+curvature along the ascent direction into account, from the same weights on the
+same batches. Prints by how much the rise of the loss missed its budget, the
+radius of the ascent steps, and the test accuracy; draws budget and radius over
+the epochs.
 
-`gradient + rho H d` is the descent without a second pass: the gradient at
-`w + eps` to first order, from the Hessian-vector product that found the
-radius. It is not in the package: this script shows what it is worth.
+`gradient + rho H d` replaces the second pass: it is the gradient at `w + eps`
+to first order, from the Hessian-vector product that the radius was computed
+with. It is not in the package: this script compares it with the others.
 
 Takes about a quarter of an hour on two cores; --quick, one minute.
 """
@@ -51,7 +52,7 @@ class WithoutSecondPass(keras.Model):
         model: The `keras.Model` to train.
         sigma: Float, the budget; warm-up and annealing are the defaults of
             `LESAMModel`.
-        steps: Integer, the steps of the whole training.
+        steps: Integer, number of steps of the whole training.
     """
 
     def __init__(self, model, sigma, steps):
@@ -64,7 +65,7 @@ class WithoutSecondPass(keras.Model):
 
     def train_step(self, data):
         x, y = data
-        # Before the pass that advances the batch norm statistics.
+        # This pass advances the batch norm statistics, the product does not.
         with tf.GradientTape() as tape:
             outputs = self(x, training=True)
             loss = self.compute_loss(x, y, outputs)
@@ -87,7 +88,7 @@ class WithoutSecondPass(keras.Model):
         return {**self.compute_metrics(x, y, outputs), **logs}
 
     def budget(self):
-        """Up over the first tenth, and down over the last fifth."""
+        """Return the budget: it rises over a tenth and falls over a fifth."""
         step = tf.cast(self.optimizer.iterations, "float32")
         done = step / self.total
         fall = tf.sin(0.5 * np.pi * tf.minimum((1 - done) / 0.2, 1.0)) ** 2
@@ -146,7 +147,7 @@ def parse_args():
     add("--sigma", type=float, default=0.1)
     add("--epochs", type=int, default=20)
     add("--rows", type=int, default=4000, help="of MNIST to train on")
-    add("--wrong-labels", type=float, default=0.0, help="share of them")
+    add("--wrong-labels", type=float, default=0.0, help="fraction of them")
     add("--quick", action="store_true", help="1 seed, 4 epochs of 512 rows")
     add(
         "--output",
@@ -162,7 +163,7 @@ def parse_args():
 
 
 def new_model(net, method, data, args):
-    """The net, and the model to fit, compiled."""
+    """Make the net and the compiled model that trains it."""
     steps = args.epochs * -(-len(data.x_train) // BATCH_SIZE)
     inner = _nets.NETS[net](data.x_train.shape[1:])
     model = METHODS[method](inner, args.sigma, steps)
@@ -178,7 +179,7 @@ def new_model(net, method, data, args):
 
 
 def measure_costs(net, data, args):
-    """Epochs of all methods in turns; median ratios to SGD's times."""
+    """Time epochs of all methods in turns; return median ratios to SGD."""
     methods = dict.fromkeys(["SGD", *args.methods])
     models = {m: new_model(net, m, data, args)[1] for m in methods}
     watches = {m: _common.Stopwatch() for m in methods}
@@ -196,7 +197,7 @@ def measure_costs(net, data, args):
 
 
 def run(net, method, data, labels, seed, args):
-    """One training; a dict of numbers, and the history."""
+    """Train once; return a dict of numbers, and the history."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     inner, model = new_model(net, method, data, args)
@@ -241,14 +242,14 @@ def mean(runs, name):
 
 
 def budget_errors(history):
-    """How far the rise was from its budget, of each epoch."""
+    """Compute the relative error of the rise to its budget in each epoch."""
     if "sharpness" not in history:
         return [np.nan]
     return abs(np.array(history["sharpness"]) / history["sigma"] - 1)
 
 
 def draw(histories, args):
-    """A column for each net: the rise, and the radius, over the epochs."""
+    """Draw the rise and the radius over the epochs, a column for each net."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(

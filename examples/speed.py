@@ -7,10 +7,10 @@
 Trains each net twice from the same weights, plainly and by LE-SAM, in blocks
 of one epoch that take turns, and compares the seconds of neighbours. There is
 neither warm-up nor annealing: all steps of LE-SAM have two passes. Two passes
-are a ratio of 2; what an optimizer and the input cost comes once in both.
-With `--curvature`, other ways to meet the budget beside the first order: by
-secants, or by Hessian-vector products, each of the ways to differentiate twice
-(`hvp` is the default one, `reverse_over_reverse`).
+are a ratio of 2; the optimizer and the input are paid once in both. With
+`--curvature`, other ways to meet the budget than to first order: by secants, or
+by Hessian-vector products, with each of the ways to differentiate twice (`hvp`
+is the default one, `reverse_over_reverse`).
 
 Takes a few minutes on two cores; all curvatures, ten.
 """
@@ -95,7 +95,7 @@ def parse_args():
 
 
 def measure(net, mode, curvature, args):
-    """A row of the table: one net, with or without XLA."""
+    """Measure a row of the table: one net, with or without XLA."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     shape, _ = NETS[net]
@@ -126,14 +126,14 @@ def random_data(shape, steps):
 
 
 def take_turns(plain, lesam, i):
-    """Seconds of a step of both, measured one after the other."""
+    """Measure the seconds of a step of both; the order alternates."""
     if i % 2:
         return tuple(reversed([lesam.block(), plain.block()]))
     return plain.block(), lesam.block()
 
 
 class Trainee:
-    """A compiled model, and how long it trains.
+    """A compiled model whose training is timed.
 
     Args:
         net: String, a key of `NETS`.
@@ -162,7 +162,7 @@ class Trainee:
         )
 
     def block(self):
-        """Trains for an epoch; returns the seconds of a step."""
+        """Train for an epoch; return the seconds of a step."""
         stopwatch = _common.Stopwatch()
         history = self.model.fit(
             *self.data,
@@ -176,10 +176,11 @@ class Trainee:
 
 
 class TraceCounter(keras.layers.Layer):
-    """Passes its input on; counts how often Python came by.
+    """Returns its input, and counts how often it is traced.
 
     Attributes:
-        traces: Integer. A step that was traced before adds nothing.
+        traces: Integer, how often `call` was run by Python. Steps of a graph
+            that was traced before do not count.
     """
 
     def __init__(self):
@@ -201,7 +202,7 @@ def lesam_fit(net, **options):
 
 
 def tell(cells, markdown):
-    """Prints a line of the table."""
+    """Print a line of the table."""
     widths = COLUMNS.values()
     cells = [cell.ljust(width) for cell, width in zip(cells, widths)]
     line = f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()

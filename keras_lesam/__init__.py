@@ -1,10 +1,13 @@
 """Loss-Equated SAM for Keras: sharpness-aware training by loss budget."""
 
+import importlib as _importlib
 import os as _os
 import sys as _sys
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 
-def _require_tensorflow(backend):
+def _require_tensorflow(backend: str) -> None:
     if backend != "tensorflow":
         raise ImportError(
             "keras_lesam trains with the TensorFlow backend of Keras. Set the "
@@ -22,9 +25,43 @@ import keras as _keras
 
 _require_tensorflow(_keras.config.backend())
 
+from keras_lesam import ascents
+from keras_lesam import budgets
+from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._model import LESAMModel
 from keras_lesam._sam import SAMModel
 from keras_lesam._version import __version__
+from keras_lesam._wrapper import SharpnessAwareModel
 
-__all__ = ["LESAMModel", "SAMModel", "__version__", "rules"]
+if TYPE_CHECKING:
+    from keras_lesam import callbacks
+    from keras_lesam import curvature
+    from keras_lesam import landscape
+
+__all__ = [
+    "LESAMModel",
+    "SAMModel",
+    "SharpnessAwareModel",
+    "__version__",
+    "ascents",
+    "budgets",
+    "callbacks",
+    "curvature",
+    "estimators",
+    "landscape",
+    "rules",
+]
+
+# Not needed for training; they import SciPy.
+_LAZY = ("callbacks", "curvature", "landscape")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,22 +1,24 @@
-"""Checks of arguments: one sentence each, with what was received."""
+"""Checks of arguments, whose errors end in the value received."""
 
 import math
 import numbers
 import sys
+from collections.abc import Collection
+from typing import Any
 
 import keras
 
 
 def number(
-    name,
-    value,
-    minimum=-math.inf,
-    maximum=math.inf,
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
     *,
-    above=False,
-    below=False,
-):
-    """A finite real number in [minimum, maximum] as a float.
+    above: bool = False,
+    below: bool = False,
+) -> float:
+    """Check for a finite real number in [minimum, maximum].
 
     Args:
         name: The argument's name, for the error.
@@ -26,12 +28,15 @@ def number(
         above: Whether the interval is open at `minimum`.
         below: Whether it is open at `maximum`.
 
+    Returns:
+        The number as a float.
+
     Raises:
         TypeError: if `value` is not a real number.
         ValueError: if it is not finite or out of range.
     """
     value = _scalar(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not _is_number(value, numbers.Real):
         raise TypeError(
             f"`{name}` must be a number. Received: {name}={value!r} "
             f"of type {type(value).__name__}"
@@ -48,15 +53,15 @@ def number(
     return float(value)
 
 
-def integer(name, value, minimum):
-    """An integer of at least `minimum`, as an int.
+def integer(name: str, value: Any, minimum: int) -> int:
+    """Check for an integer of at least `minimum` and return it as an int.
 
     Raises:
         TypeError: if `value` is not an integer.
         ValueError: if it is too small.
     """
     value = _scalar(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not _is_number(value, numbers.Integral):
         raise TypeError(
             f"`{name}` must be an integer. Received: {name}={value!r} "
             f"of type {type(value).__name__}"
@@ -68,8 +73,8 @@ def integer(name, value, minimum):
     return int(value)
 
 
-def boolean(name, value):
-    """A bool, and nothing that merely counts as one.
+def boolean(name: str, value: Any) -> bool:
+    """Check for a bool, not just something with a truth value.
 
     Raises:
         TypeError: if `value` is not a bool.
@@ -82,8 +87,8 @@ def boolean(name, value):
     return value
 
 
-def choice(name, value, allowed):
-    """One of the strings in `allowed`.
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Check for one of the strings in `allowed`.
 
     Raises:
         ValueError: if it is none of them.
@@ -96,8 +101,8 @@ def choice(name, value, allowed):
     return value
 
 
-def _scalar(value):
-    # NumPy's scalars and the arrays without dimensions, as Python's own.
+def _scalar(value: Any) -> Any:
+    """Convert scalars and 0-d arrays of NumPy to Python's own numbers."""
     return (
         value.item()
         if getattr(value, "shape", None) == () and hasattr(value, "item")
@@ -105,12 +110,18 @@ def _scalar(value):
     )
 
 
-def is_schedule(value):
-    """Whether it is a schedule, from the step to a number."""
+def _is_number(value: Any, kind: type) -> bool:
+    """Tell whether `value` is a number of a kind; bools do not count."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_schedule(value: Any) -> bool:
+    """Tell whether `value` is a schedule, a function of the step."""
     return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
 
 
-def _interval(minimum, maximum, above, below):
+def _interval(minimum: float, maximum: float, above: bool, below: bool) -> str:
+    """Describe an interval for an error message."""
     low = f"{'greater than' if above else 'at least'} {minimum:g}"
     if math.isinf(maximum):
         return f"finite and {low}"

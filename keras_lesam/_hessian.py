@@ -12,16 +12,22 @@ draw.
 """
 
 import contextlib
+from collections.abc import Iterator
 
+import keras
 import tensorflow as tf
 
 from keras_lesam import _passes
+from keras_lesam import _vectors
 from keras_lesam import _workarounds
+from keras_lesam._data import Batch
+from keras_lesam._vectors import Tensors
 
 FORWARD_OVER_REVERSE = "forward_over_reverse"
 REVERSE_OVER_REVERSE = "reverse_over_reverse"
 
 METHODS = (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE)
+CHOICES = ("auto", *METHODS)
 
 # Operations that forward mode has no rule for.
 _LOOPS = {"While", "StatelessWhile"}
@@ -29,13 +35,28 @@ _LOOPS = {"While", "StatelessWhile"}
 _MAX_POOLING = {"MaxPool", "MaxPoolV2", "MaxPool3D"}
 
 
-def product(model, weights, batch, vectors, method, state=()):
-    """`H v` of the scaled loss at `weights`.
+def resolve(method: str) -> str:
+    """Return the method that "auto" stands for, the cheaper and wider one.
+
+    Reverse mode needs no forward pass of its own, and enters loops.
+    """
+    return REVERSE_OVER_REVERSE if method == "auto" else method
+
+
+def product(
+    model: keras.Model,
+    weights: Tensors,
+    batch: Batch,
+    vectors: Tensors,
+    method: str,
+    state: _passes.ModelState = (),
+) -> Tensors:
+    """Return `H v` of the scaled loss at `weights`.
 
     Args:
         model: A compiled and built Keras model.
         weights: List of tensors, parallel to `model.trainable_variables`.
-        batch: A `_passes.Batch`.
+        batch: A `Batch`.
         vectors: List of tensors like the weights, `None` for zeros.
         method: `FORWARD_OVER_REVERSE` or `REVERSE_OVER_REVERSE`.
         state: List of `(variable, tensor)` to see in place of the variables.
@@ -47,16 +68,18 @@ def product(model, weights, batch, vectors, method, state=()):
     """
     if method == REVERSE_OVER_REVERSE:
         with recording(weights) as tape:
-            point = _passes.evaluate(model, weights, batch, state)
-            gradients = dense(point.gradients)
+            point = _passes.compute_loss_and_gradients(
+                model, weights, batch, state
+            )
+            gradients = _vectors.dense(point.gradients)
         return differentiate(tape, gradients, weights, vectors)
     with (
         _workarounds.twice_differentiable_moments(),
         _accumulator(weights, vectors) as accumulator,
     ):
-        point = _passes.evaluate(model, weights, batch, state)
+        point = _passes.compute_loss_and_gradients(model, weights, batch, state)
         # Inside, or the tangents of sparse gradients are lost.
-        gradients = dense(point.gradients)
+        gradients = _vectors.dense(point.gradients)
     return [
         None
         if g is None or v is None
@@ -66,8 +89,8 @@ def product(model, weights, batch, vectors, method, state=()):
 
 
 @contextlib.contextmanager
-def recording(weights):
-    """A tape that sees a pass at `weights`, to differentiate it again."""
+def recording(weights: Tensors) -> Iterator[tf.GradientTape]:
+    """Open a tape that sees a pass at `weights`, to differentiate it again."""
     with (
         _workarounds.twice_differentiable_moments(),
         tf.GradientTape(watch_accessed_variables=False) as tape,
@@ -76,36 +99,36 @@ def recording(weights):
         yield tape
 
 
-def differentiate(tape, gradients, weights, vectors):
-    """`H v` from a tape that saw the gradients being computed.
+def differentiate(
+    tape: tf.GradientTape,
+    gradients: Tensors,
+    weights: Tensors,
+    vectors: Tensors,
+) -> Tensors:
+    """Return `H v` from a tape that saw the gradients being computed.
 
     `gradients`, `weights` and `vectors` are parallel lists; the result is
     that of `product`.
     """
-    moved = [
+    perturbed = [
         i
         for i, (g, v) in enumerate(zip(gradients, vectors))
         if g is not None and v is not None
     ]
     products = tape.gradient(
-        [gradients[i] for i in moved],
-        [weights[i] for i in moved],
-        output_gradients=[vectors[i] for i in moved],
+        [gradients[i] for i in perturbed],
+        [weights[i] for i in perturbed],
+        output_gradients=[vectors[i] for i in perturbed],
         unconnected_gradients="zero",
     )
-    found = [None] * len(weights)
-    for i, value in zip(moved, products):
-        found[i] = tf.convert_to_tensor(value)
-    return found
+    all_products: Tensors = [None] * len(weights)
+    for i, value in zip(perturbed, products):
+        all_products[i] = tf.convert_to_tensor(value)
+    return all_products
 
 
-def dense(gradients):
-    """Gradients without `tf.IndexedSlices`; rows that repeat are summed."""
-    return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-
-
-def operations(model, batch):
-    """Types of the operations that a pass forward is made of, as a set."""
+def operations(model: keras.Model, batch: Batch) -> set[str]:
+    """Return the types of operations that a forward pass is made of."""
     weights = _passes.read(model.trainable_variables)
     # In inference mode: in training, replicas may have to meet on the way.
     trace = tf.function(
@@ -119,22 +142,17 @@ def operations(model, batch):
     return {node.op for node in nodes}
 
 
-def has_loops(operations):
-    """Whether forward mode is out of the question."""
-    return bool(_LOOPS & operations)
-
-
-def has_max_pooling(operations):
-    """Whether XLA would get the second derivative wrong."""
+def has_max_pooling(operations: set[str]) -> bool:
+    """Return whether XLA would get the second derivative wrong."""
     return bool(_MAX_POOLING & operations)
 
 
-def refuse_loops(operations, method, argument):
-    """Raises `ValueError` for a loop and a method that is forward mode.
+def refuse_loops(operations: set[str], method: str, argument: str) -> None:
+    """Raise `ValueError` for a loop and a method that is forward mode.
 
     `argument` is the name under which the user gave the method.
     """
-    if method != REVERSE_OVER_REVERSE and has_loops(operations):
+    if method == FORWARD_OVER_REVERSE and _LOOPS & operations:
         raise ValueError(
             "Forward-mode differentiation has no rule for the loops of "
             "recurrent layers; use 'reverse_over_reverse' or 'auto'. "
@@ -142,8 +160,8 @@ def refuse_loops(operations, method, argument):
         )
 
 
-def refuse_max_pooling(operations):
-    """Raises `ValueError` for a model that XLA would differentiate wrongly."""
+def refuse_max_pooling(operations: set[str]) -> None:
+    """Raise `ValueError` for a model that XLA would differentiate wrongly."""
     if has_max_pooling(operations):
         raise ValueError(
             "XLA computes the second derivative of max pooling from numbers "
@@ -153,8 +171,10 @@ def refuse_max_pooling(operations):
         )
 
 
-def _accumulator(weights, vectors):
-    moved = [(w, v) for w, v in zip(weights, vectors) if v is not None]
+def _accumulator(
+    weights: Tensors, vectors: Tensors
+) -> tf.autodiff.ForwardAccumulator:
+    pairs = [(w, v) for w, v in zip(weights, vectors) if v is not None]
     return tf.autodiff.ForwardAccumulator(
-        [w for w, _ in moved], [tf.cast(v, w.dtype) for w, v in moved]
+        [w for w, _ in pairs], [tf.cast(v, w.dtype) for w, v in pairs]
     )

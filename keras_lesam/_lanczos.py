@@ -1,21 +1,44 @@
 """Linear algebra with a symmetric operator that is only known by products.
 
-Pure NumPy and SciPy; an operator is a callable from a vector to a vector,
-with a `size` and a `progress`, a context in which products are counted.
+Pure NumPy and SciPy; see `Operator` for what the functions need of one.
 """
+
+from typing import Any
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
 
-def largest(operator, k, tolerance, max_products, rng):
-    """The `k` largest eigenvalues and their vectors.
+class Operator(Protocol):
+    """A symmetric matrix of which only products with vectors are known."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows and columns."""
+
+    @property
+    def progress(self) -> Any:
+        """Context manager inside of which products are counted."""
+
+    def __call__(self, vector: np.ndarray, /) -> np.ndarray:
+        """Multiply by a vector of shape `(size,)`."""
+
+
+def largest(
+    operator: Operator,
+    k: int,
+    tolerance: float,
+    max_products: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the `k` largest eigenvalues and their eigenvectors.
 
     Args:
         operator: The operator.
         k: Integer in [1, operator.size].
-        tolerance: Float, the relative accuracy; 0 for the machine's.
+        tolerance: Float, the relative accuracy; 0 for machine precision.
         max_products: Integer, about how many products to make.
         rng: A `np.random.Generator`.
 
@@ -26,27 +49,35 @@ def largest(operator, k, tolerance, max_products, rng):
         RuntimeError: if there was no convergence.
     """
     n = operator.size
-    # Vectors that ARPACK keeps, as SciPy would have it; it needs more than k.
-    kept = max(2 * k + 1, 20)
+    # SciPy's default for ARPACK's number of Lanczos vectors; it must exceed k.
+    basis_size = max(2 * k + 1, 20)
     with operator.progress:
-        if kept >= n:
+        if basis_size >= n:
             values, vectors = np.linalg.eigh(matrix(operator))
         else:
             values, vectors = _arpack(
-                operator, k, kept, tolerance, max_products, rng
+                operator, k, basis_size, tolerance, max_products, rng
             )
     order = np.argsort(values)[::-1][:k]
     return values[order], vectors[:, order]
 
 
-def matrix(operator):
-    """The operator as an array, made symmetric, by `size` products."""
+def matrix(operator: Operator) -> np.ndarray:
+    """Compute the operator as a symmetrized array, by `size` products."""
     columns = [operator(e) for e in np.eye(operator.size)]
     dense = np.stack(columns, axis=1)
     return (dense + dense.T) / 2
 
 
-def _arpack(operator, k, kept, tolerance, max_products, rng):
+def _arpack(
+    operator: Operator,
+    k: int,
+    basis_size: int,
+    tolerance: float,
+    max_products: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run SciPy's implicitly restarted Lanczos iteration."""
     n = operator.size
     linear = scipy.sparse.linalg.LinearOperator(
         (n, n), matvec=operator, dtype="float64"
@@ -57,10 +88,10 @@ def _arpack(operator, k, kept, tolerance, max_products, rng):
             k,
             which="LA",
             tol=tolerance,
-            ncv=kept,
+            ncv=basis_size,
             v0=rng.standard_normal(n),
-            # Restarts; each makes as many products as it throws vectors away.
-            maxiter=max(1, max_products // (kept - k)),
+            # Restarts; each makes one product per vector that it discards.
+            maxiter=max(1, max_products // (basis_size - k)),
         )
     except scipy.sparse.linalg.ArpackNoConvergence as error:
         raise RuntimeError(
@@ -70,18 +101,33 @@ def _arpack(operator, k, kept, tolerance, max_products, rng):
         ) from error
 
 
-def trace(operator, tolerance, max_samples, rng):
-    """Hutchinson's estimate, `(value, standard_error, samples)`.
+def trace(
+    operator: Operator,
+    tolerance: float,
+    max_samples: int,
+    rng: np.random.Generator,
+) -> tuple[float, float, int]:
+    """Estimate the trace by Hutchinson's method.
 
     `tr H = E v.(H v)` for vectors `v` of independent random signs.
+
+    Args:
+        operator: The operator.
+        tolerance: Float, the relative standard error at which to stop.
+        max_samples: Integer > 1, how many vectors to use at most.
+        rng: A `np.random.Generator`.
+
+    Returns:
+        `(value, standard_error, samples)`.
     """
-    least = min(10, max_samples)
-    samples = []
+    # The standard error of fewer samples is too noisy to stop by.
+    min_samples = min(10, max_samples)
+    samples: list[float] = []
     with operator.progress:
         while len(samples) < max_samples:
             v = _signs(rng, operator.size)
             samples.append(v @ operator(v))
-            if len(samples) < least:
+            if len(samples) < min_samples:
                 continue
             error = np.std(samples, ddof=1) / np.sqrt(len(samples))
             if error <= tolerance * abs(np.mean(samples)):
@@ -89,11 +135,23 @@ def trace(operator, tolerance, max_samples, rng):
     return float(np.mean(samples)), float(error), len(samples)
 
 
-def density(operator, probes, steps, rng):
-    """Nodes and weights of the spectrum by stochastic Lanczos quadrature.
+def density(
+    operator: Operator, probes: int, steps: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the spectrum by stochastic Lanczos quadrature.
 
-    Each probe's are the eigenvalues of its tridiagonal matrix and the squared
-    first components of their vectors; the spectrum is the mean over probes.
+    The nodes of a probe are the eigenvalues of its tridiagonal matrix, and
+    their weights the squared first components of its eigenvectors. The
+    spectrum is the mean over probes.
+
+    Args:
+        operator: The operator.
+        probes: Integer > 0, how many random vectors to start from.
+        steps: Integer > 0, Lanczos steps for each.
+        rng: A `np.random.Generator`.
+
+    Returns:
+        Arrays of the nodes, ascending, and of their weights, of sum 1.
     """
     nodes, weights = [], []
     with operator.progress:
@@ -104,13 +162,15 @@ def density(operator, probes, steps, rng):
             )
             nodes.append(values)
             weights.append(vectors[0] ** 2 / probes)
-    nodes, weights = np.concatenate(nodes), np.concatenate(weights)
-    order = np.argsort(nodes)
-    return nodes[order], weights[order]
+    unsorted = np.concatenate(nodes)
+    order = np.argsort(unsorted)
+    return unsorted[order], np.concatenate(weights)[order]
 
 
-def tridiagonal(operator, start, steps):
-    """Lanczos' iteration from `start`, with full reorthogonalisation.
+def tridiagonal(
+    operator: Operator, start: np.ndarray, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run Lanczos' iteration from `start`, with full reorthogonalisation.
 
     Args:
         operator: The operator.
@@ -118,27 +178,29 @@ def tridiagonal(operator, start, steps):
         steps: Integer; fewer are made where the Krylov space is exhausted.
 
     Returns:
-        Arrays of the diagonal and of what is beside it, one shorter.
+        Arrays of the diagonal and of the off-diagonal, one shorter.
     """
     steps = min(steps, operator.size)
     basis = np.empty((steps, operator.size))
     basis[0] = start / np.linalg.norm(start)
-    diagonal, beside = [], []
+    diagonal: list[Any] = []
+    off_diagonal: list[Any] = []
     for i in range(steps):
         product = operator(basis[i])
         diagonal.append(basis[i] @ product)
-        known = basis[: i + 1]
+        previous = basis[: i + 1]
         # Twice is enough (Parlett, "The symmetric eigenvalue problem", 6.9).
         for _ in range(2):
-            product -= known.T @ (known @ product)
+            product -= previous.T @ (previous @ product)
         norm = np.linalg.norm(product)
-        scale = np.abs(diagonal).max() + max(beside, default=0.0)
+        scale = np.abs(diagonal).max() + max(off_diagonal, default=0.0)
         if i + 1 == steps or norm <= 1e-6 * scale:
             break
-        beside.append(norm)
+        off_diagonal.append(norm)
         basis[i + 1] = product / norm
-    return np.array(diagonal), np.array(beside)
+    return np.array(diagonal), np.array(off_diagonal)
 
 
-def _signs(rng, size):
+def _signs(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw a vector of independent random signs."""
     return rng.choice([-1.0, 1.0], size)

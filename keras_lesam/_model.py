@@ -1,27 +1,24 @@
 """`LESAMModel`: any Keras model, trained by Loss-Equated SAM."""
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
-from keras_lesam import _checks
-from keras_lesam import _curvature
-from keras_lesam import _hessian
-from keras_lesam import _rule
 from keras_lesam import _workarounds
-from keras_lesam._budget import scalar_variable
+from keras_lesam import ascents
+from keras_lesam import budgets
+from keras_lesam import estimators
+from keras_lesam import rules
+from keras_lesam._delegation import signature_of
+from keras_lesam._facade import AscentArguments
 from keras_lesam._wrapper import SharpnessAwareModel
-from keras_lesam._wrapper import check_shares
-from keras_lesam._wrapper import scalar_dtype
 
-DEFAULT_SIGMA = 0.1
 DEFAULT_RHO_MAX = 1.0
-DEFAULT_WARMUP = 0.1
-DEFAULT_ANNEAL = 0.2
 
 
 @keras.saving.register_keras_serializable(package="keras_lesam")
-class LESAMModel(SharpnessAwareModel):
+class LESAMModel(AscentArguments, SharpnessAwareModel):
     """Trains a Keras model by Loss-Equated Sharpness-Aware Minimization.
 
     Wrap a model, `compile` and `fit` as ever. Each step looks at the batch
@@ -146,62 +143,43 @@ class LESAMModel(SharpnessAwareModel):
 
     def __init__(
         self,
-        model,
-        sigma=DEFAULT_SIGMA,
-        rho_max=DEFAULT_RHO_MAX,
+        model: keras.Model,
+        sigma: Any = rules.DEFAULT_SIGMA,
+        rho_max: float | None = DEFAULT_RHO_MAX,
         *,
-        warmup=None,
-        anneal=None,
-        total_steps=None,
-        curvature="none",
-        hvp_method="auto",
-        adaptive=False,
-        alpha=0.0,
-        num_batch_splits=1,
-        ascent_from="batch",
-        ascent_fraction=1.0,
-        ascent_every=1,
-        perturbation_scope="replica",
-        perturb=None,
-        name=None,
-    ):
-        defaults = (DEFAULT_WARMUP, DEFAULT_ANNEAL)
-        warmup, anneal = check_shares("sigma", sigma, warmup, anneal, defaults)
-        if not _checks.is_schedule(sigma):
-            sigma = _checks.number("sigma", sigma, 0)
-        _check_curvature(curvature, hvp_method, ascent_from, ascent_fraction)
-        cap = _check_rho_max(rho_max)
-        rule = _rule.LossEquated(
-            cap,
-            adaptive=_checks.boolean("adaptive", adaptive),
-            alpha=_checks.number("alpha", alpha, 0, 1),
-        )
+        warmup: float | None = None,
+        anneal: float | None = None,
+        total_steps: int | None = None,
+        curvature: str = "none",
+        hvp_method: str = "auto",
+        adaptive: bool = False,
+        alpha: float = 0.0,
+        num_batch_splits: int = 1,
+        ascent_from: str = "batch",
+        ascent_fraction: float = 1.0,
+        ascent_every: int = 1,
+        perturbation_scope: str = "replica",
+        perturb: Callable[[Any], bool] | None = None,
+        name: str | None = None,
+    ) -> None:
+        defaults = (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL)
         super().__init__(
             model,
-            rule,
-            sigma,
-            warmup=warmup,
-            anneal=anneal,
+            rules.LossEquated(rho_max, adaptive, alpha),
+            budgets.from_number("sigma", sigma, warmup, anneal, defaults),
+            ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
+            estimators.from_argument(curvature, hvp_method),
             total_steps=total_steps,
-            logs=["rho", "gradient_norm", "sharpness", "sigma"],
             num_batch_splits=num_batch_splits,
-            ascent_from=ascent_from,
-            ascent_fraction=ascent_fraction,
-            ascent_every=ascent_every,
             perturbation_scope=perturbation_scope,
             perturb=perturb,
             name=name,
         )
-        dtype = scalar_dtype(model)
-        # The rule reads a variable: a new cap is not a new graph.
-        self._rho_max = cap
-        rule.rho_max = scalar_variable(cap, dtype, "rho_max")
+        self._keep_ascent(ascent_from, ascent_fraction, ascent_every)
         self._curvature, self._hvp_method = curvature, hvp_method
-        self._secant = None
-        if curvature == "secant":
-            self._secant = self.add_memory((2,), dtype, "secant")
 
-    def compile(self, *args, **kwargs):
+    @signature_of(keras.Model.compile)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         if self._curvature == "hvp":
             # What jit_compile="auto" goes by.
             self.supports_jit = not _workarounds.has_max_pooling(self.model)
@@ -209,44 +187,11 @@ class LESAMModel(SharpnessAwareModel):
 
     compile.__doc__ = SharpnessAwareModel.compile.__doc__
 
-    def _curvature_source(self):
-        if self._curvature == "secant":
-            return _curvature.Secant(self._secant)
-        if self._curvature == "hvp":
-            return _curvature.Exact(self._exact_method())
-        return super()._curvature_source()
-
-    def _exact_method(self):
-        if self._hvp_method != "auto":
-            return self._hvp_method
-        # It needs no forward pass of its own, and goes everywhere.
-        return _hessian.REVERSE_OVER_REVERSE
-
-    def _prepare_for_training(self, batch):
-        super()._prepare_for_training(batch)
-        if self._curvature != "hvp":
-            return
-        operations = _hessian.operations(self, batch)
-        method = self._exact_method()
-        _hessian.refuse_loops(operations, method, "hvp_method")
-        if self.jit_compile:
-            _hessian.refuse_max_pooling(operations)
-
-    def _memory_variables(self):
-        own = [] if self._secant is None else [self._secant]
-        return own + super()._memory_variables()
-
-    def _own_weights(self):
-        own = [] if self._secant is None else [self._secant]
-        return own + super()._own_weights()
-
-    def get_config(self):
-        sigma = self.sigma
-        if _checks.is_schedule(sigma):
-            sigma = keras.saving.serialize_keras_object(sigma)
+    def get_config(self) -> dict[str, Any]:
+        """Return all arguments of the constructor, serialized."""
         return {
-            **super().get_config(),
-            "sigma": sigma,
+            **self._facade_config(),
+            "sigma": keras.saving.serialize_keras_object(self.sigma),
             "rho_max": self.rho_max,
             "curvature": self.curvature,
             "hvp_method": self.hvp_method,
@@ -254,66 +199,40 @@ class LESAMModel(SharpnessAwareModel):
             "alpha": self.alpha,
         }
 
-    # The arguments.
-
     @property
-    def sigma(self):
-        return self._budget.sigma
+    def sigma(self) -> Any:
+        return budgets.amount_of(self.budget)
 
     @sigma.setter
-    def sigma(self, value):
-        self._assign_budget("sigma", value)
+    def sigma(self, value: float) -> None:
+        self._set_amount("sigma", value)
 
     @property
-    def rho_max(self):
-        return None if math.isinf(self._rho_max) else self._rho_max
+    def rho_max(self) -> float | None:
+        return self.rule.rho_max
 
     @rho_max.setter
-    def rho_max(self, value):
-        self._rho_max = _check_rho_max(value)
-        self._rule.rho_max.assign(self._rho_max)
+    def rho_max(self, value: float | None) -> None:
+        self._set(rule=self.rule.replace(rho_max=value))
 
     @property
-    def curvature(self):
+    def rule(self) -> rules.LossEquated:
+        rule = super().rule
+        assert isinstance(rule, rules.LossEquated)
+        return rule
+
+    @property
+    def curvature(self) -> str:
         return self._curvature
 
     @property
-    def hvp_method(self):
+    def hvp_method(self) -> str:
         return self._hvp_method
 
     @property
-    def adaptive(self):
-        return self._rule.adaptive
+    def adaptive(self) -> bool:
+        return self.rule.adaptive
 
     @property
-    def alpha(self):
-        return self._rule.alpha
-
-
-def _check_rho_max(rho_max):
-    if rho_max is None:
-        return math.inf
-    return _checks.number("rho_max", rho_max, 0, above=True)
-
-
-def _check_curvature(curvature, hvp_method, ascent_from, ascent_fraction):
-    _checks.choice("curvature", curvature, ("none", "hvp", "secant"))
-    _checks.choice("hvp_method", hvp_method, ("auto", *_hessian.METHODS))
-    if hvp_method != "auto" and curvature != "hvp":
-        raise ValueError(
-            "`hvp_method` is for curvature='hvp'. "
-            f"Received: hvp_method={hvp_method!r}, curvature={curvature!r}"
-        )
-    if curvature == "secant" and ascent_fraction != 1:
-        raise ValueError(
-            "curvature='secant' learns from the rise of the loss, which is "
-            "not known where the two passes see different rows. Use 'none' or "
-            f"'hvp', or ascent_fraction=1. Received: curvature={curvature!r}, "
-            f"ascent_fraction={ascent_fraction!r}"
-        )
-    if curvature != "none" and ascent_from != "batch":
-        raise ValueError(
-            "With `ascent_from` 'previous' or 'momentum' there is no pass at "
-            "the weights to take the curvature from: use curvature='none'. "
-            f"Received: curvature={curvature!r}, ascent_from={ascent_from!r}"
-        )
+    def alpha(self) -> float:
+        return self.rule.alpha

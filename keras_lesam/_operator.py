@@ -1,90 +1,164 @@
 """The Hessian of a model over a fixed sample of data, as a linear operator."""
 
+from typing import Any
+
 import keras
 import numpy as np
+import scipy.sparse.linalg
 import tensorflow as tf
 
+from keras_lesam import _checks
 from keras_lesam import _hessian
 from keras_lesam import _passes
+from keras_lesam._data import Batch
+from keras_lesam._data import row_fractions
+from keras_lesam._data import to_batches
 
 
-class Hessian:
-    """`v -> H v` between NumPy vectors, for the loss that `fit` minimises.
+class HessianOperator:
+    """The Hessian of a model's loss over a sample, as a linear operator.
 
-    `H` is the Hessian of the mean over batches, each weighed by its rows. The
-    weights are read anew with each product: the operator can be kept while
-    the model trains. Batches are kept in memory, so that all products are of
-    the same ones, whatever a dataset would yield next.
+    `v -> H v` between NumPy vectors: `H` is the Hessian of the loss that `fit`
+    minimises, the mean over batches, each weighed by its rows. The weights are
+    read anew with each product: the operator can be kept while the model
+    trains. Batches are kept in memory, so that all products are of the same
+    ones, whatever a dataset would yield next.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam.curvature import HessianOperator
+    >>> model = keras.Sequential([keras.layers.Dense(1, use_bias=False)])
+    >>> model.compile(loss="mse")
+    >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.0]])  # H = 2 x x^T
+    >>> hessian = HessianOperator(model, x, y)
+    >>> hessian([1.0, 0.0]).tolist()
+    [18.0, 24.0]
+    >>> hessian.to_scipy().shape
+    (2, 2)
 
     Args:
-        model: A compiled Keras model.
-        batches: List of `_passes.Batch`es, what `batches` makes.
-        variables: Trainable variables to differentiate by; `None`: all.
-        method: A method of `hessian_vector_product`.
-        verbose: Whether to show how many products were made.
+        model: A compiled `keras.Model`, a `LESAMModel` too.
+        x: Inputs, a nest of arrays; or a `tf.data.Dataset` or
+            `keras.utils.PyDataset` of batches `(x, y)` or
+            `(x, y, sample_weight)`, which must have an end and fit into
+            memory.
+        y: Targets, if `x` is arrays.
+        sample_weight: Weights of the rows, if `x` is arrays.
+        batch_size: Integer > 0, rows of a batch, if `x` is arrays. With batch
+            normalization, the loss depends on it.
+        variables: List of trainable variables, such as
+            `layer.trainable_variables`: `H` is the block that belongs to
+            them. `None`: all.
+        method: That of `hessian_vector_product`.
+        verbose: 0 or 1, whether to show how many products were made while
+            `progress`, a context manager, is entered.
+
+    Attributes:
+        size: Integer, the number of weights.
+        shapes: List of the shapes of the variables, whose elements a vector
+            holds one after the other.
+        dtype: Of the products; vectors are float64 outside.
+
+    Raises:
+        TypeError: if `model` is not a Keras model.
+        ValueError: if it is not compiled or has nothing to train, for data
+            without rows or without end, and for `variables` or a `method` that
+            do not fit the model.
     """
 
     def __init__(
         self,
-        model,
-        batches,
+        model: keras.Model,
+        x: Any,
+        y: Any = None,
         *,
-        variables=None,
-        method="auto",
-        verbose=0,
-    ):
-        self.batches = batches
+        sample_weight: Any = None,
+        batch_size: int = 32,
+        variables: list[Any] | None = None,
+        method: str = "auto",
+        verbose: int = 0,
+    ) -> None:
+        _checks.choice("method", method, _hessian.CHOICES)
+        batch_size = _checks.integer("batch_size", batch_size, 1)
+        batches = to_batches(x, y, sample_weight, batch_size)
+        self._set_up(model, batches, variables, method, verbose)
+
+    @classmethod
+    def of_batches(
+        cls, model: keras.Model, batches: list[Batch]
+    ) -> "HessianOperator":
+        """Make the operator of batches that are tensors already."""
+        operator = cls.__new__(cls)
+        operator._set_up(model, batches, None, "auto", 0)
+        return operator
+
+    def _set_up(
+        self,
+        model: keras.Model,
+        batches: list[Batch],
+        variables: list[Any] | None,
+        method: str,
+        verbose: int,
+    ) -> None:
         self.model = model
-        prepare(model, self.batches[0])
-        self.chosen = _choose(model, variables)
-        self.method = choose_method(model, self.batches[0], method)[0]
+        prepare(model, batches[0])
+        self._batches = batches
+        self._is_chosen = _choose(model, variables)
+        self._method = choose_method(model, batches[0], method)[0]
         self.shapes = [
             tuple(v.shape)
-            for v, chosen in zip(model.trainable_variables, self.chosen)
-            if chosen
+            for v, is_chosen in zip(model.trainable_variables, self._is_chosen)
+            if is_chosen
         ]
         self.size = sum(int(np.prod(shape)) for shape in self.shapes)
         self.dtype = model.trainable_variables[0].dtype
-        self.shares = shares(batches)
+        self._fractions = row_fractions(batches)
         self._product = tf.function(self._product_of_batch, autograph=False)
         self.progress = _Bar(verbose)
 
-    def __call__(self, vector):
-        """`H v` of an array of shape `(size,)`."""
+    def __call__(self, vector: Any) -> np.ndarray:
+        """Return `H v`, a float64 array of shape `(size,)`."""
         vector = tf.constant(np.ravel(vector), self.dtype)
         total = tf.zeros((self.size,), self.dtype)
-        for batch, share in zip(self.batches, self.shares):
-            total += share * self._product(vector, batch)
+        for batch, fraction in zip(self._batches, self._fractions):
+            total += fraction * self._product(vector, batch)
         self.progress.advance()
         return total.numpy().astype("float64")
 
-    def unflatten(self, vector):
-        """A vector as a list of arrays like the variables."""
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """Return it as a `scipy.sparse.linalg.LinearOperator`, symmetric."""
+        return scipy.sparse.linalg.LinearOperator(
+            (self.size, self.size), matvec=self, rmatvec=self, dtype="float64"
+        )
+
+    def unflatten(self, vector: Any) -> list[np.ndarray]:
+        """Return a vector as a list of arrays like the variables."""
         ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
         parts = np.split(np.asarray(vector), ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes)]
 
-    def _product_of_batch(self, vector, batch):
+    def _product_of_batch(self, vector: tf.Tensor, batch: Batch) -> tf.Tensor:
         model = self.model
         weights = _passes.read(model.trainable_variables)
         sizes = [int(np.prod(shape)) for shape in self.shapes]
         parts = iter(zip(tf.split(vector, sizes), self.shapes))
         vectors = [
-            tf.reshape(*next(parts)) if chosen else None
-            for chosen in self.chosen
+            tf.reshape(*next(parts)) if is_chosen else None
+            for is_chosen in self._is_chosen
         ]
-        products = _hessian.product(model, weights, batch, vectors, self.method)
+        scaled = _hessian.product(model, weights, batch, vectors, self._method)
         scale = _passes.gradient_scale(model.optimizer)
-        found = [
+        products = [
             tf.zeros_like(v) if p is None else p / tf.cast(scale, p.dtype)
-            for p, v in zip(products, vectors)
+            for p, v in zip(scaled, vectors)
             if v is not None
         ]
-        return tf.concat([tf.reshape(p, [-1]) for p in found], 0)
+        return tf.concat([tf.reshape(p, [-1]) for p in products], 0)
 
 
-def prepare(model, batch):
-    """Checks a model and creates what a first batch creates.
+def prepare(model: Any, batch: Batch) -> None:
+    """Check a model and create what a first batch creates.
 
     Raises:
         TypeError: if `model` is not a Keras model.
@@ -109,124 +183,52 @@ def prepare(model, batch):
         )
 
 
-def choose_method(model, batch, method):
-    """A method for what the model is made of, and whether XLA is not for it.
-
-    Forward mode over reverse mode, but where the model has loops.
-    """
+def choose_method(
+    model: keras.Model, batch: Batch, method: str
+) -> tuple[str, bool]:
+    """Return a method, and whether XLA would get it wrong for this model."""
     operations = _hessian.operations(model, batch)
-    if method == "auto":
-        method = (
-            _hessian.REVERSE_OVER_REVERSE
-            if _hessian.has_loops(operations)
-            else _hessian.FORWARD_OVER_REVERSE
-        )
+    method = _hessian.resolve(method)
     _hessian.refuse_loops(operations, method, "method")
     return method, _hessian.has_max_pooling(operations)
 
 
-def batches(x, y=None, sample_weight=None, batch_size=32):
-    """A list of `_passes.Batch`es of tensors.
-
-    Raises:
-        ValueError: if there are none, or without end.
-    """
-    if isinstance(x, tf.data.Dataset | keras.utils.PyDataset):
-        if y is not None or sample_weight is not None:
-            raise ValueError(
-                "Where `x` is a dataset, `y` and `sample_weight` come from "
-                "it: leave them None."
-            )
-        found = _batches_of_dataset(x)
-    else:
-        found = _batches_of_arrays((x, y, sample_weight), batch_size)
-    if not found:
-        raise ValueError("`x` has no rows.")
-    return found
-
-
-def shares(batches):
-    """The rows of each batch over those of all, a list of floats."""
-    rows = [int(_passes.count_rows(batch.x)) for batch in batches]
-    return [n / sum(rows) for n in rows]
-
-
-def one_batch(x, y, sample_weight):
-    """A `_passes.Batch` of tensors."""
-    return _tensors((x, y, sample_weight))
-
-
-def _batches_of_dataset(dataset):
-    if isinstance(dataset, tf.data.Dataset):
-        if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError(
-                "The dataset `x` has no end: pass `x.take(n)`, n batches."
-            )
-        batches = iter(dataset)
-    else:
-        if dataset.num_batches is None:
-            raise ValueError(
-                "The dataset `x` has no end: `num_batches` is None."
-            )
-        batches = (dataset[i] for i in range(dataset.num_batches))
-    unpack = keras.utils.unpack_x_y_sample_weight
-    return [_tensors(unpack(batch)) for batch in batches]
-
-
-def _batches_of_arrays(data, batch_size):
-    rows = {len(leaf) for leaf in keras.tree.flatten(data) if leaf is not None}
-    if len(rows) != 1:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of rows. "
-            f"Received: {sorted(rows)}"
-        )
-    starts = range(0, rows.pop(), batch_size)
-    return [
-        _tensors(_passes.take_rows(data, start, start + batch_size))
-        for start in starts
-    ]
-
-
-def _tensors(batch):
-    return _passes.Batch(*keras.tree.map_structure(_tensor, tuple(batch)))
-
-
-def _tensor(leaf):
-    is_composite = isinstance(leaf, tf.RaggedTensor | tf.SparseTensor)
-    return leaf if leaf is None or is_composite else tf.convert_to_tensor(leaf)
-
-
-def _choose(model, variables):
-    """A list of bools like the trainable variables."""
+def _choose(model: keras.Model, variables: list[Any] | None) -> list[bool]:
+    """Return which of the trainable variables are meant."""
     trainable = model.trainable_variables
     if variables is None:
         return [_passes.is_weight(v) for v in trainable]
     wanted = {id(v) for v in variables}
-    chosen = [id(v) in wanted for v in trainable]
-    if not wanted or sum(chosen) != len(wanted):
+    is_chosen = [id(v) in wanted for v in trainable]
+    if not wanted or sum(is_chosen) != len(wanted):
         raise ValueError(
             "`variables` must be trainable variables of the model, at least "
             f"one. Received: {[getattr(v, 'path', v) for v in variables]}"
         )
-    return chosen
+    return is_chosen
 
 
 class _Bar:
     """Counts products on one line of the terminal, if it is wanted."""
 
-    def __init__(self, verbose):
+    def __init__(self, verbose: int) -> None:
         self._verbose = verbose
+        self._done = 0
+        self._bar: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> "_Bar":
         self._done = 0
         self._bar = keras.utils.Progbar(
             None, verbose=self._verbose, unit_name="product"
         )
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self._bar.update(self._done, finalize=True)
+        self._bar = None
 
-    def advance(self):
-        self._done += 1
-        self._bar.update(self._done, finalize=False)
+    def advance(self) -> None:
+        """Count one product; outside of the context nothing is shown."""
+        if self._bar is not None:
+            self._done += 1
+            self._bar.update(self._done, finalize=False)

@@ -1,4 +1,4 @@
-"""The passes: loss and gradient of a model at any point of weight space.
+"""The passes: loss and gradients of a model at any point of weight space.
 
 A pass is a pure function of weights, state and batch. It runs inside a
 `keras.StatelessScope`, so no variable is written: not the weights, which a
@@ -8,28 +8,22 @@ returned. The caller commits the state of the first pass, once a step; every
 pass of a step starts from the same state and draws the same random numbers.
 """
 
+import inspect
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
+from keras_lesam._data import Batch
+from keras_lesam._vectors import Tensors
 
-class Batch(NamedTuple):
-    """What `fit` hands to a step; each a nest of tensors, or `None`.
-
-    Attributes:
-        x: Inputs of the model.
-        y: Targets, structured like the outputs.
-        sample_weight: Weights of the rows.
-    """
-
-    x: Any
-    y: Any
-    sample_weight: Any
+ModelState = Sequence[tuple[Any, Any]]
 
 
-class Point(NamedTuple):
+class LossAndGradients(NamedTuple):
     """The model at one point of weight space.
 
     Attributes:
@@ -44,28 +38,27 @@ class Point(NamedTuple):
 
     loss: tf.Tensor
     outputs: Any
-    gradients: list
-    state: list
+    gradients: Tensors
+    state: list[tuple[Any, Any]]
 
 
-def evaluate(model, weights, batch, state=()):
-    """Loss, outputs and gradients of a compiled `model` at `weights`.
+def compute_loss_and_gradients(
+    model: keras.Model, weights: Tensors, batch: Batch, state: ModelState = ()
+) -> LossAndGradients:
+    """Compute loss, outputs and gradients of a compiled `model` at `weights`.
 
     Args:
         model: A compiled Keras model.
         weights: List of tensors, parallel to `model.trainable_variables`.
         batch: A `Batch`.
         state: List of `(variable, tensor)` to see in place of the variables.
-
-    Returns:
-        A `Point`.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         scaled_loss, loss, outputs, updates = forward(
             model, weights, batch, state
         )
-    return Point(
+    return LossAndGradients(
         loss=loss,
         outputs=outputs,
         gradients=tape.gradient(scaled_loss, weights),
@@ -73,31 +66,49 @@ def evaluate(model, weights, batch, state=()):
     )
 
 
-def forward(model, weights, batch, state=(), training=True):
-    """The forward pass alone; arguments are those of `evaluate`.
+def forward(
+    model: keras.Model,
+    weights: Tensors,
+    batch: Batch,
+    state: ModelState = (),
+    training: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor, Any, list[tuple[Any, Any]]]:
+    """Make the forward pass alone; see `compute_loss_and_gradients`.
 
     Returns:
         `(scaled_loss, loss, outputs, state)`: what to differentiate, a scalar
         tensor, `gradient_scale(optimizer)` times the loss; and loss, outputs
-        and state as in a `Point`.
+        and state as in `LossAndGradients`.
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
     with _RecordingScope(mapping) as scope:
         outputs = model(batch.x, training=training)
-        loss = model.compute_loss(
-            x=batch.x,
-            y=batch.y,
-            y_pred=outputs,
-            sample_weight=batch.sample_weight,
-        )
+        loss = compute_loss(model, batch, outputs, training)
     scaled_loss = loss
     if model.optimizer is not None:
         scaled_loss = model.optimizer.scale_loss(loss)
     return scaled_loss, loss * replicas(loss.dtype), outputs, scope.updates
 
 
-def build(model, batch):
-    """Creates the variables that wait for a first batch; changes no others.
+def compute_loss(
+    model: keras.Model, batch: Batch, outputs: Any, training: bool
+) -> tf.Tensor:
+    """Call the model's `compute_loss`, whether or not it takes `training`."""
+    kwargs = {}
+    # Keras added the argument in 3.3, and calls overrides without it.
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        kwargs["training"] = training
+    return model.compute_loss(
+        x=batch.x,
+        y=batch.y,
+        y_pred=outputs,
+        sample_weight=batch.sample_weight,
+        **kwargs,
+    )
+
+
+def build(model: keras.Model, batch: Batch) -> None:
+    """Create the variables that wait for a first batch; change no others.
 
     Those of layers, losses, metrics and the optimizer. In a graph the pass
     that does so is traced apart, and never run.
@@ -112,8 +123,8 @@ def build(model, batch):
             model.optimizer.build(model.trainable_variables)
 
 
-def _touch(model, batch):
-    """Calls all that has variables; nothing is written."""
+def _touch(model: keras.Model, batch: Batch) -> None:
+    """Call all that has variables; nothing is written."""
     x, y, sample_weight = batch
     with keras.StatelessScope():
         model(x, training=False)
@@ -123,76 +134,74 @@ def _touch(model, batch):
     training = replicas() == 1
     with _RecordingScope([*zip(model.trainable_variables, weights)]):
         outputs = model(x, training=training)
-        model.compute_loss(
-            x=x, y=y, y_pred=outputs, sample_weight=sample_weight
-        )
+        compute_loss(model, batch, outputs, training=True)
         model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
 
 
-def read(variables):
-    """The values of Keras variables as tensors."""
+def read(variables: Sequence[Any]) -> Tensors:
+    """Return the values of Keras variables as tensors."""
     return [tf.convert_to_tensor(v.value) for v in variables]
 
 
-def commit(state):
-    """Writes the state that a pass brought about."""
+def commit(state: ModelState) -> None:
+    """Write the state that a pass brought about."""
     for variable, value in state:
         variable.assign(value)
 
 
-def gradient_scale(optimizer):
-    """What `Point.gradients` are multiplied by, compared to those of `loss`.
+def gradient_scale(optimizer: Any) -> Any:
+    """Return what the gradients of a pass are multiplied by.
 
-    The loss scale of the optimizer (a Python float or a tensor), divided by
-    the number of replicas, by which Keras divides the loss.
+    The loss scale of the optimizer, divided by the number of replicas, by
+    which Keras divides the loss; a Python float or a scalar tensor.
     """
     return loss_scale(optimizer) / replicas()
 
 
-def loss_scale(optimizer):
-    """The loss scale alone, that of a sum of gradients over replicas."""
+def loss_scale(optimizer: Any) -> Any:
+    """Return the loss scale alone, that of a sum of gradients over replicas."""
     return 1.0 if optimizer is None else optimizer.scale_loss(1.0)
 
 
-def sum_over_replicas(tensors):
-    """A nest of tensors, each replaced by its sum over all replicas.
+def sum_over_replicas(tensors: Any) -> Any:
+    """Replace each tensor of a nest by its sum over all replicas.
 
-    To be called in a replica, and outside of any `tf.cond`.
+    To be called in a replica, and outside of any `tf.cond`. `None` stays.
     """
+    flat = tf.nest.flatten(tensors)
     context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+    sums = iter(
+        context.all_reduce(
+            tf.distribute.ReduceOp.SUM, [t for t in flat if t is not None]
+        )
+    )
+    return tf.nest.pack_sequence_as(
+        tensors, [None if t is None else next(sums) for t in flat]
+    )
 
 
-def is_weight(variable):
-    """False for the float8 scales that Keras keeps as trainable variables.
+def mean_over_replicas(scalar: tf.Tensor) -> tf.Tensor:
+    """Return the mean of a scalar over all replicas; see above."""
+    return sum_over_replicas(scalar) / replicas(scalar.dtype)
+
+
+def is_weight(variable: Any) -> bool:
+    """Return False for the float8 scales that Keras keeps among the weights.
 
     Their "gradient" is their next value (`overwrite_with_gradient`): there is
-    nothing to climb and nothing to descend.
+    nothing to ascend and nothing to descend.
     """
     return not getattr(variable, "overwrite_with_gradient", False)
 
 
-def count_rows(nest):
-    """Rows of a batch: an int where it is static, a scalar tensor elsewhere."""
-    tensor = next(t for t in keras.tree.flatten(nest) if t is not None)
-    if isinstance(tensor, tf.RaggedTensor):
-        return tf.cast(tensor.nrows(), tf.int32)
-    if tensor.shape[0] is not None:
-        return tensor.shape[0]
-    return tf.shape(tensor)[0]
-
-
-def take_rows(batch, start, stop):
-    """Rows `start` to `stop` of every tensor of the batch."""
-    return keras.tree.map_structure(
-        lambda leaf: None if leaf is None else _slice_rows(leaf, start, stop),
-        batch,
-    )
-
-
-def either(conditional, predicate, then, otherwise):
-    """`tf.cond`, or both and a choice between them."""
-    if conditional:
+def either(
+    use_cond: bool,
+    predicate: tf.Tensor,
+    then: Callable[[], Any],
+    otherwise: Callable[[], Any],
+) -> Any:
+    """Take one of two branches: by `tf.cond`, or by computing both."""
+    if use_cond:
         return tf.cond(predicate, then, otherwise)
     return tf.nest.map_structure(
         lambda a, b: None if a is None else tf.where(predicate, a, b),
@@ -209,30 +218,21 @@ class _RecordingScope(keras.StatelessScope):
     names variables that no model owns, such as Keras's global seed.
     """
 
-    def __init__(self, state_mapping):
+    def __init__(self, state_mapping: list[tuple[Any, Any]]) -> None:
         super().__init__(state_mapping, collect_losses=True)
-        self._updated = {}
+        self._updated: dict[int, Any] = {}
 
-    def add_update(self, update):
+    def add_update(self, update: tuple[Any, Any]) -> None:
         variable, _ = update
         self._updated[id(variable)] = variable
         super().add_update(update)
 
     @property
-    def updates(self):
+    def updates(self) -> list[tuple[Any, Any]]:
         return [(v, self.get_current_value(v)) for v in self._updated.values()]
 
 
-def replicas(dtype=None):
-    """How many replicas train in sync, as an int or a tensor of a dtype."""
+def replicas(dtype: Any = None) -> Any:
+    """Return the number of replicas: an int, or a tensor of a dtype."""
     count = tf.distribute.get_strategy().num_replicas_in_sync
     return count if dtype is None else tf.cast(count, dtype)
-
-
-def _slice_rows(tensor, start, stop):
-    if isinstance(tensor, tf.SparseTensor):
-        rest = tensor.dense_shape[1:]
-        begin = tf.concat([[tf.cast(start, tf.int64)], 0 * rest], 0)
-        size = tf.concat([[tf.cast(stop - start, tf.int64)], rest], 0)
-        return tf.sparse.slice(tensor, begin, size)
-    return tensor[start:stop]

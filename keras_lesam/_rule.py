@@ -1,4 +1,4 @@
-"""The rule: from gradient, weights and budget to the perturbation.
+"""The contract of an update rule, and what rules are made of.
 
 Pure functions of tensors; no Keras model and no strategy in sight. Lists of
 tensors run parallel to the trainable variables, with `None` where a variable
@@ -7,209 +7,288 @@ takes no part: it has no gradient, or its scaling `T` is zero.
 In the notation of Wang et al. (ICML 2026, arXiv 2605.10183):
 
     g       gradient of the loss
-    h       gradient at the end of the climb, at w + eps
+    h       gradient at the perturbed weights w + eps
     T       element-wise scaling: 1, or |w| when adaptive
     d       ascent direction, T^2 g / ||T g||
-    s       slope along it, g.d = ||T g||
+    s       slope along it, g.d = ||T g||: the ascent norm
     k       curvature along it, d.H d
     sigma   loss budget
-    rho     length of the climb: the loss rises by sigma over eps = rho d
-
-What sets one rule apart from another is the `radius`. Some change one thing
-more: what they climb by (`ascent`), what the optimizer is given (`descent`),
-what they keep from step to step (`remember`).
+    rho     radius: the length of the perturbation eps = rho d
 """
 
-import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_lesam import _passes
+from keras_lesam import _vectors
+from keras_lesam._gradients import Gradients
+from keras_lesam._strategy import Strategy
+from keras_lesam._vectors import Tensors
+from keras_lesam.budgets import Budget
 
-class Climb(NamedTuple):
+State = dict[str, Any]
+
+
+class Perturbation(NamedTuple):
     """The perturbation of one step and the numbers it came from.
 
     Attributes:
-        perturbation: List of tensors like the weights (weight-space
-            distance), `None` for a weight that stays where it is.
-        rho: Scalar, the length of the climb along `d`; 0 where there is
-            none.
-        slope: Scalar, `||T g||` (loss units per weight-space distance); 0 or
-            not finite where there is nothing to climb.
+        eps: List of tensors like the weights (weight-space distance), `None`
+            for a weight that stays where it is.
+        radius: Scalar tensor, the length `rho` along the ascent direction; 0
+            where there is no perturbation.
+        norm: Scalar tensor, the ascent norm `||T g||` (loss units per
+            weight-space distance); 0 or not finite where there is no direction
+            to go.
     """
 
-    perturbation: list
-    rho: tf.Tensor
-    slope: tf.Tensor
+    eps: Tensors
+    radius: tf.Tensor
+    norm: tf.Tensor
 
 
-class Rule:
-    """What a step asks of a rule. The defaults are those of SAM.
+class Weights(list[Any]):
+    """The values of the trainable variables, for `Rule.init_state`.
 
-    The methods are pure functions of tensors: a rule keeps nothing but the
-    numbers it was made with. What it wants to know in the next step it returns
-    from `remember`, and is given back as `memory`: a dict from each name in
-    `keeps` to a list of tensors like the weights, zeros at first.
+    A list of tensors, `None` for what is no weight (the scales of float8
+    layers).
 
     Attributes:
-        every: Integer, the steps from one climb to the next.
-        keeps: Dict from the name of what is kept for each weight to whether
-            it is kept for all weights, or for those that move only.
-        combines: Whether `descent` is anything else than `h`.
-        needs_products: Whether `remember`, `descent` or `reuse` look at sums
-            over all replicas.
+        perturbed: The same list, with `None` for weights that are never
+            perturbed (`perturb=` of the model).
     """
 
-    every = 1
-    keeps = {}
-    combines = False
-    needs_products = False
+    def __init__(self, values: Sequence[Any], perturbed: Sequence[Any]) -> None:
+        super().__init__(values)
+        self.perturbed = [*perturbed]
 
-    def scaling(self, weights):
-        """`T` for each weight, up to its sign; `None` for 1."""
+    @classmethod
+    def of(
+        cls, variables: Sequence[Any], perturb_mask: list[bool]
+    ) -> "Weights":
+        """Read the trainable variables of a model."""
+        values = [
+            value if _passes.is_weight(variable) else None
+            for variable, value in zip(variables, _passes.read(variables))
+        ]
+        return cls(
+            values,
+            [v if moves else None for v, moves in zip(values, perturb_mask)],
+        )
+
+
+class Rule(Strategy):
+    """A rule: from gradient, weights and budget to perturbation and update.
+
+    What sets one rule apart from another is mostly its `radius`. Some scale
+    the direction (`scaling`), some give the optimizer something else than the
+    gradient at the perturbed weights (`update`), some need to know what
+    earlier steps found (`init_state`).
+
+    A rule is immutable, and its methods are pure functions of tensors. State
+    is passed to them and returned: a dict from names to tensors, or to lists of
+    tensors parallel to the weights. The model owns it, and saves it by name.
+
+    All gradients are those of the loss that `fit` minimises, without a loss
+    scale.
+
+    Example, a rule whose radius follows the size of the weights:
+
+    >>> import keras, numpy as np, tensorflow as tf
+    >>> from keras_lesam import SharpnessAwareModel, budgets, rules
+    >>> @keras.saving.register_keras_serializable("mine")
+    ... class Relative(rules.Rule):
+    ...     def perturb(self, gradients, weights, budget, state, k=None):
+    ...         budget *= tf.linalg.global_norm(weights)
+    ...         return super().perturb(gradients, weights, budget, state, k)
+    ...     def radius(self, norm, budget, curvature=None):
+    ...         return rules.usable_radius(budget, norm)
+    >>> net = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model = SharpnessAwareModel(net, Relative(), budgets.Constant(0.01))
+    >>> model.compile("sgd", "mse")
+    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    """
+
+    def init_state(self, weights: Weights) -> State:
+        """Return the state before the first step; `{}` for none.
+
+        Args:
+            weights: The `Weights` of the model.
+        """
+        del weights
+        return {}
+
+    def scaling(self, weights: Tensors) -> Tensors:
+        """Return `T` for each weight, up to its sign; `None` for 1."""
         return [None] * len(weights)
 
-    def ascent(self, gradients, scale, memory):
-        """What to climb by, from `scale` times the gradients: those."""
-        del scale, memory
-        return gradients
-
-    def radius(self, slope, budget, curvature=None):
-        """The length `rho` of a climb with this slope: not negative, finite.
+    def radius(
+        self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
+    ) -> tf.Tensor:
+        """Return the radius `rho`: not negative, and finite.
 
         Args:
-            slope: Scalar tensor `s`, which may be 0 or not finite.
-            budget: Scalar tensor.
+            norm: Scalar tensor, the ascent norm, which may be 0 or not finite.
+                There, the radius must be 0: see `usable_radius`.
+            budget: Scalar tensor, what the step may spend.
             curvature: Scalar tensor `k`, or `None` where it is not known.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `radius` or `perturb`."
+        )
 
-    def climb(self, gradients, weights, budget, scale=1.0, curvature=None):
-        """`eps = rho d` with `d = T^2 g / ||T g||` and `rho` from `radius`.
+    def perturb(
+        self,
+        gradients: Tensors,
+        weights: Tensors,
+        budget: tf.Tensor,
+        state: State,
+        curvature: Any = None,
+    ) -> Perturbation:
+        """Return `eps = rho d` with `d = T^2 g / ||T g||`, rho from `radius`.
 
         Args:
-            gradients: List of dense tensors or `None`: gradients of `scale`
-                times the loss.
+            gradients: List of dense tensors, `None` for weights that are not
+                perturbed.
             weights: List of tensors.
-            budget: Scalar tensor, what `radius` makes the length from. Its
-                dtype is the dtype of all scalars here.
-            scale: What the loss was multiplied by before differentiation.
-                The direction does not depend on it; the slope does.
+            budget: Scalar tensor, what the step may spend: loss units for
+                LE-SAM, weight-space distance for SAM. Its dtype is that of all
+                scalars.
+            state: What `update` returned in the step before.
             curvature: `k = d.(H d)` of the loss: a scalar tensor; or a
                 callable that gives it for `d`, a list like `gradients`; or
                 `None` for the first order.
 
         Returns:
-            A `Climb`.
+            A `Perturbation`.
         """
-        scaling = self.scaling(weights)
-        norm = slope(gradients, scaling, budget.dtype)
-        if not callable(curvature):
-            # Without d, which need not be in memory.
-            rho = self.radius(norm / scale, budget, curvature)
-            perturbation = _displacements(
-                gradients, scaling, rho / _or_one(norm, rho > 0)
-            )
-            return Climb(perturbation, rho, norm / scale)
-        direction = _displacements(
-            gradients, scaling, 1 / _or_one(norm, norm > 0)
+        del state
+        return perturbation_along(
+            gradients, self.scaling(weights), budget, self.radius, curvature
         )
-        rho = self.radius(norm / scale, budget, curvature(direction))
-        # Where rho is 0 the direction may not be finite.
-        perturbation = [
-            None if d is None else or_zero(tf.cast(rho, d.dtype) * d, rho > 0)
-            for d in direction
-        ]
-        return Climb(perturbation, rho, norm / scale)
 
-    def descent(self, products):
-        """`(a, b)` of `g_hat = a h + b g`, what the optimizer is given.
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return what the optimizer is given, and the state of the next step.
 
-        Args:
-            products: Inner products of the two gradients over all weights, as
-                attributes that cost something when they are looked at:
-                `inner` is `g.h`, `plain` is `g.g`, `perturbed` is `h.h`.
-        """
-        del products
-        return 1.0, 0.0
-
-    def remember(self, memory, plain, perturbed, products, climbed):
-        """The next step's `memory`, from the two gradients of this one.
+        Called once a step, outside of any branch. Where there was no ascent,
+        `perturbed.radius` is 0 and `perturbed` equals `plain`. In a step
+        between two ascents (`ascents.Every`) what to do is up to the rule; in
+        others (no budget, no slope, no loss at the end of the ascent) the
+        optimizer is given `plain` in any case.
 
         Args:
-            memory: What this step was given.
-            plain: List of dense tensors or `None`, the gradients of the loss.
-            perturbed: Those at the end of the climb.
-            products: As in `descent`.
-            climbed: Bool scalar tensor, whether there was a climb; if not,
-                `perturbed` is `plain`.
-        """
-        del plain, perturbed, products, climbed
-        return memory
-
-    def reuse(self, gradients, memory, dtype):
-        """What to add to `gradients` in the steps between two climbs.
-
-        Args:
-            gradients: List of dense tensors or `None`, of any scale.
-            memory: What this step was given.
-            dtype: Of scalars.
+            plain: `Gradients` at the weights, `g`.
+            perturbed: `Gradients` at the perturbed weights, `h`.
+            state: What `update` returned in the step before.
 
         Returns:
-            A list like `gradients`, at their scale; `None` for nothing.
+            `(gradients, state)`: a list of dense tensors like `plain`, or
+            `perturbed` itself, whose sparse gradients then stay sparse; and a
+            state like the one received.
         """
-        del memory, dtype
-        return [None] * len(gradients)
+        del plain
+        return perturbed, state
+
+    def default_budget(self) -> Budget:
+        """Return the budget of a model that was given none.
+
+        Raises:
+            ValueError: by default; what a budget means is up to the rule.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no budget of its own: pass `budget`, "
+            "such as budgets.Constant(0.05). Received: budget=None"
+        )
+
+    def default_ascent(self, ascent: Any) -> Any:
+        """Return the ascent to use where the user's choice is `ascent`."""
+        return ascent
+
+    @property
+    def uses_plain_gradient(self) -> bool:
+        """Whether `update` looks at the gradient at the weights.
+
+        Then the rule is refused where a step makes no pass there. True for
+        every rule that defines `update`, if it doesn't say otherwise.
+        """
+        return type(self).update is not Rule.update
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether the radius goes by `curvature`; if not, none is taken."""
+        return True
 
 
-class LossEquated(Rule):
-    """LE-SAM: climb until the loss has risen by `sigma`.
+def combine(
+    plain: Gradients, perturbed: Gradients, a: Any, b: Any
+) -> list[Any]:
+    """Return `a h + b g` where there was an ascent, and `h` elsewhere.
 
     Args:
-        rho_max: Scalar tensor or variable, the largest `rho`; infinity for
-            no cap.
-        adaptive: Whether `T` is `|w|` (ASAM, Kwon et al. 2021) or 1.
-        alpha: Float, the share of the plain gradient that the update leaves
-            out.
+        plain: `Gradients` at the weights, `g`.
+        perturbed: `Gradients` at the perturbed weights, `h`.
+        a: Float or scalar tensor.
+        b: Float or scalar tensor.
     """
+    has_ascended = perturbed.radius > 0
 
-    def __init__(self, rho_max, adaptive=False, alpha=0.0):
-        self.rho_max = rho_max
-        self.adaptive = adaptive
-        self.alpha = alpha
-        self.combines = bool(alpha)
+    def combined(g: Any, h: Any) -> Any:
+        if g is None or h is None:
+            return h
+        change = _vectors.times(a, h) + _vectors.times(b, g)
+        return tf.where(has_ascended, change, h)
 
-    def scaling(self, weights):
-        return weights if self.adaptive else super().scaling(weights)
-
-    def radius(self, slope, budget, curvature=None):
-        rho_max = tf.cast(self.rho_max, budget.dtype)
-        return radius(slope, budget, rho_max, curvature)
-
-    def descent(self, products):
-        """`g_hat = h - alpha g`.
-
-        `alpha` > 0 removes that share of the plain gradient and leaves the
-        curvature signal (the decoupling of the paper).
-        """
-        return 1.0, -self.alpha
+    return [combined(g, h) for g, h in zip(plain, perturbed)]
 
 
-def slope(gradients, scaling, dtype):
-    """`s = ||T g||`, summed in `dtype` over all gradients that are there.
+def perturbation_along(
+    gradients: Tensors,
+    scaling: Tensors,
+    budget: tf.Tensor,
+    radius: Callable[..., tf.Tensor],
+    curvature: Any = None,
+) -> Perturbation:
+    """Return `eps = rho d` with `d = T^2 g / ||T g||`.
 
-    `scaling` is a list like `gradients` of `T` up to its sign, `None` for 1.
+    Args:
+        gradients: List of dense tensors or `None`.
+        scaling: List like it of `T` up to its sign, `None` for 1.
+        budget: Scalar tensor.
+        radius: Function like `Rule.radius`.
+        curvature: As in `Rule.perturb`.
     """
-    squares = [
-        _sum_of_squares(g, t, dtype)
-        for g, t in zip(gradients, scaling)
-        if g is not None
+    norm = _vectors.norm(gradients, budget.dtype, scaling)
+    if not callable(curvature):
+        # Without d, which need not be in memory.
+        rho = radius(norm, budget, curvature)
+        factor = rho / _vectors.or_one(norm, rho > 0)
+        return Perturbation(
+            _displacements(gradients, scaling, factor), rho, norm
+        )
+    direction = _displacements(
+        gradients, scaling, 1 / _vectors.or_one(norm, norm > 0)
+    )
+    rho = radius(norm, budget, curvature(direction))
+    # Where rho is 0 the direction may not be finite.
+    eps = [
+        None
+        if d is None
+        else _vectors.or_zero(tf.cast(rho, d.dtype) * d, rho > 0)
+        for d in direction
     ]
-    return tf.sqrt(tf.add_n(squares)) if squares else tf.zeros((), dtype)
+    return Perturbation(eps, rho, norm)
 
 
-def radius(slope, sigma, rho_max, curvature=None):
-    """The stable root of `s rho + k rho^2 / 2 = sigma`, capped at `rho_max`.
+def loss_equated_radius(
+    norm: tf.Tensor, sigma: tf.Tensor, rho_max: tf.Tensor, curvature: Any = None
+) -> tf.Tensor:
+    """Return the stable root of `s rho + k rho^2 / 2 = sigma`, capped.
 
     `rho = min(2 sigma / (s + sqrt(max(s^2 + 2 k sigma, 0))), rho_max)`, which
     is the paper's `sigma / s` where `k = 0`. Where the loss curves down so
@@ -218,7 +297,7 @@ def radius(slope, sigma, rho_max, curvature=None):
     would not be a number. A curvature that is not finite counts as 0.
 
     Args:
-        slope: Scalar tensor `s`.
+        norm: Scalar tensor, the slope `s`.
         sigma: Scalar tensor, the budget.
         rho_max: Scalar tensor, the cap.
         curvature: Scalar tensor `k`, or `None` for the first order.
@@ -226,111 +305,44 @@ def radius(slope, sigma, rho_max, curvature=None):
     Returns:
         Scalar tensor `rho`, not negative, always finite.
     """
-    s = _or_one(slope, tf.math.is_finite(slope) & (slope > 0))
+    s = _vectors.or_one(norm, tf.math.is_finite(norm) & (norm > 0))
     if curvature is None:
         rho = sigma / s
     else:
-        k = or_zero(curvature, tf.math.is_finite(curvature))
+        k = _vectors.or_zero(curvature, tf.math.is_finite(curvature))
         root = tf.sqrt(tf.maximum(s * s + 2 * k * sigma, 0))
         rho = 2 * sigma / (s + root)
-    return usable_radius(tf.minimum(rho, rho_max), slope)
+    return usable_radius(tf.minimum(rho, rho_max), norm)
 
 
-def usable_radius(rho, slope):
-    """`rho`, or 0 where there is no direction to go: see `radius`."""
-    usable = tf.math.is_finite(slope) & (slope > 0)
-    usable &= tf.math.is_finite(rho / _or_one(slope, usable))
-    return or_zero(rho, usable)
+def usable_radius(radius: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
+    """Return a radius, or 0 where there is no direction to go.
 
-
-def budget(sigma, progress, warmup, anneal):
-    """The budget after a share `progress` of the training.
-
-    Linear from 0 over the first `warmup`, `sigma` in between, and to 0 on a
-    half cosine over the last `anneal`.
+    That is where the ascent norm is 0 or not finite, or so small that the
+    perturbation would not be a number.
 
     Args:
-        sigma: Scalar tensor, the full budget in loss units.
-        progress: Scalar tensor of the same dtype, steps done over steps in
-            all. Beyond 1 the budget stays what it is at 1.
-        warmup: Float in [0, 1].
-        anneal: Float in [0, 1].
-
-    Returns:
-        Scalar tensor, the budget of this step.
+        radius: Scalar tensor.
+        norm: Scalar tensor, the ascent norm.
     """
-    if warmup:
-        sigma *= tf.clip_by_value(progress / warmup, 0.0, 1.0)
-    if anneal:
-        # sin^2 of what remains, which is 0 at the end and not nearly 0:
-        # 0.5 (1 + cos(pi done)) is the same on paper.
-        remains = tf.clip_by_value((1 - progress) / anneal, 0.0, 1.0)
-        sigma *= tf.square(tf.sin(0.5 * math.pi * remains))
-    return sigma
+    usable = tf.math.is_finite(norm) & (norm > 0)
+    usable &= tf.math.is_finite(radius / _vectors.or_one(norm, usable))
+    return _vectors.or_zero(radius, usable)
 
 
-def _displacements(gradients, scaling, factor):
-    """`factor T^2 g` for all weights."""
+def _displacements(
+    gradients: Tensors, scaling: Tensors, factor: tf.Tensor
+) -> Tensors:
+    """Return `factor T^2 g` for all weights."""
     return [
         None if g is None else _displacement(g, t, factor)
         for g, t in zip(gradients, scaling)
     ]
 
 
-def _displacement(gradient, scaling, factor):
-    """`factor T^2 g` for one weight, in the dtype of the weight."""
+def _displacement(gradient: tf.Tensor, scaling: Any, factor: Any) -> tf.Tensor:
+    """Return `factor T^2 g` for one weight, in the dtype of its gradient."""
     factor = tf.cast(factor, gradient.dtype)
     if scaling is None:
         return factor * gradient
-    return factor * tf.square(scaling) * gradient
-
-
-def running_mean(means, values, decay):
-    """`decay m + (1 - decay) v`; the first values are the first mean.
-
-    Args:
-        means: List of tensors or `None`; zeros: no mean yet.
-        values: List like `means`. If one is not finite, the means stay.
-        decay: Float in [0, 1).
-
-    Returns:
-        A list like `means`.
-    """
-    values = [m if v is None else v for m, v in zip(means, values)]
-    none = [None] * len(means)
-    known = tf.math.is_finite(slope(values, none, tf.float32))
-    begun = slope(means, none, tf.float32) > 0
-    found = []
-    for m, v in zip(means, values):
-        if m is not None:
-            change = or_zero(v - m, known)
-            m += tf.where(begun, (1 - decay) * change, change)
-        found.append(m)
-    return found
-
-
-def dot(vectors, others, dtype):
-    """The inner product of two lists of tensors, summed in `dtype`."""
-    products = [
-        tf.reduce_sum(tf.cast(v, dtype) * tf.cast(o, dtype))
-        for v, o in zip(vectors, others)
-        if v is not None and o is not None
-    ]
-    return tf.add_n(products) if products else tf.zeros((), dtype)
-
-
-def or_zero(value, condition):
-    """`value` where the condition holds, 0 elsewhere, whatever `value` is."""
-    return tf.where(condition, value, tf.zeros_like(value))
-
-
-def _or_one(value, condition):
-    return tf.where(condition, value, tf.ones_like(value))
-
-
-def _sum_of_squares(gradient, scaling, dtype):
-    # Cast first: the squares of float16 numbers overflow float16.
-    scaled = tf.cast(gradient, dtype)
-    if scaling is not None:
-        scaled *= tf.cast(scaling, dtype)
-    return 2 * tf.nn.l2_loss(scaled)
+    return factor * tf.square(tf.cast(scaling, gradient.dtype)) * gradient

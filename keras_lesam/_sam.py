@@ -1,19 +1,24 @@
 """`SAMModel`: any Keras model, trained by a rule of the SAM family."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
-from keras_lesam import _rule
+from keras_lesam import ascents
+from keras_lesam import budgets
 from keras_lesam import rules
+from keras_lesam._facade import AscentArguments
 from keras_lesam._wrapper import SharpnessAwareModel
-from keras_lesam._wrapper import check_shares
 
 
 @keras.saving.register_keras_serializable(package="keras_lesam")
-class SAMModel(SharpnessAwareModel):
+class SAMModel(AscentArguments, SharpnessAwareModel):
     """Trains a Keras model by SAM, or by one of its relatives.
 
     The same two passes, and the same care for what Keras wants of a step, as
-    in `LESAMModel`, with another rule for the climb: see `keras_lesam.rules`.
+    in `LESAMModel`, with another rule for the perturbation: see
+    `keras_lesam.rules`.
 
     Example:
 
@@ -31,7 +36,9 @@ class SAMModel(SharpnessAwareModel):
 
     Args:
         model: As in `LESAMModel`.
-        rule: One of `keras_lesam.rules`. `None`: `rules.SAM()`.
+        rule: One of `keras_lesam.rules`. `None`: `rules.SAM(rho)`.
+        rho: Float >= 0 or a schedule, the radius of SAM, if `rule` is left
+            out. 0.05 by default.
         warmup: Float in [0, 1], the share of the training over which the
             rule's `rho` rises linearly from 0. 0 by default: SAM as published
             has neither warm-up nor annealing.
@@ -62,65 +69,64 @@ class SAMModel(SharpnessAwareModel):
         SAM; each rule names its own.
     """
 
+    LOGS = ("rho", "gradient_norm", "sharpness")
+
     def __init__(
         self,
-        model,
-        rule=None,
+        model: keras.Model,
+        rule: rules.Rule | None = None,
         *,
-        warmup=None,
-        anneal=None,
-        total_steps=None,
-        num_batch_splits=1,
-        ascent_from="batch",
-        ascent_fraction=1.0,
-        ascent_every=1,
-        perturbation_scope="replica",
-        perturb=None,
-        name=None,
-    ):
-        rule = rules.SAM() if rule is None else _check_rule(rule)
-        warmup, anneal = check_shares("rho", rule.rho, warmup, anneal, (0, 0))
+        rho: Any = None,
+        warmup: float | None = None,
+        anneal: float | None = None,
+        total_steps: int | None = None,
+        num_batch_splits: int = 1,
+        ascent_from: str = "batch",
+        ascent_fraction: float = 1.0,
+        ascent_every: int = 1,
+        perturbation_scope: str = "replica",
+        perturb: Callable[[Any], bool] | None = None,
+        name: str | None = None,
+    ) -> None:
+        rule = _check_rule(rule, rho)
         super().__init__(
             model,
             rule,
-            rule.rho,
-            warmup=warmup,
-            anneal=anneal,
+            budgets.from_number("rho", rule.rho, warmup, anneal, (0.0, 0.0)),
+            ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             total_steps=total_steps,
-            logs=["rho", "gradient_norm", "sharpness"],
             num_batch_splits=num_batch_splits,
-            ascent_from=ascent_from,
-            ascent_fraction=ascent_fraction,
-            ascent_every=ascent_every,
             perturbation_scope=perturbation_scope,
             perturb=perturb,
             name=name,
         )
+        self._keep_ascent(ascent_from, ascent_fraction, ascent_every)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Return all arguments of the constructor, serialized."""
         rule = keras.saving.serialize_keras_object(self.rule)
-        return {**super().get_config(), "rule": rule}
+        return {**self._facade_config(), "rule": rule}
 
     @property
-    def rule(self):
-        """The rule, with `rho` as it is now."""
-        config = self._rule.get_config()
-        if not isinstance(config["rho"], dict):
-            config["rho"] = self.rho
-        return type(self._rule).from_config(config)
-
-    @property
-    def rho(self):
+    def rho(self) -> Any:
         """The rule's `rho`. May be assigned to, which does not retrace."""
-        return self._budget.sigma
+        return budgets.amount_of(self.budget)
 
     @rho.setter
-    def rho(self, value):
-        self._assign_budget("rho", value)
+    def rho(self, value: float) -> None:
+        self._set_amount("rho", value, rho=value)
 
 
-def _check_rule(rule):
-    if isinstance(rule, type) and issubclass(rule, _rule.Rule):
+def _check_rule(rule: Any, rho: Any) -> rules.SAM:
+    if rule is None:
+        return rules.SAM() if rho is None else rules.SAM(rho)
+    if rho is not None:
+        raise ValueError(
+            "`rho` is for SAM itself: give that of another rule to the rule, "
+            f"as in rules.ASAM(rho={rho!r}). Received: rho={rho!r}, "
+            f"rule={rule!r}"
+        )
+    if isinstance(rule, type) and issubclass(rule, rules.Rule):
         raise TypeError(
             "`rule` must be a rule, not its class: make one, as in "
             f"rules.{rule.__name__}(rho=0.05). Received: rule={rule!r}"
@@ -128,7 +134,8 @@ def _check_rule(rule):
     if not isinstance(rule, rules.SAM):
         raise TypeError(
             "`rule` must be one of keras_lesam.rules, such as "
-            "rules.SAM(rho=0.05); for LE-SAM use LESAMModel. "
+            "rules.SAM(rho=0.05). For LE-SAM use LESAMModel; for a rule "
+            "without a `rho`, SharpnessAwareModel. "
             f"Received: rule={rule!r}"
         )
     return rule

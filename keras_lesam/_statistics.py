@@ -1,4 +1,8 @@
-"""What a step logs beside loss and metrics."""
+"""Running means of the numbers that a step logs beside loss and metrics."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,24 +20,29 @@ class StepStatistics(keras.metrics.Metric):
         name: Name of the metric.
     """
 
-    def __init__(self, names, name="step_statistics", **kwargs):
+    def __init__(
+        self,
+        names: Sequence[str],
+        name: str = "step_statistics",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.names = tuple(names)
         shape = (len(self.names),)
         self.total = self.add_variable(shape, "zeros", name="total")
         self.count = self.add_variable(shape, "zeros", name="count")
 
-    def update_state(self, values):
-        """Adds one step: `values` maps each name to a scalar tensor."""
-        values = tf.stack([tf.cast(values[n], self.dtype) for n in self.names])
-        finite = tf.math.is_finite(values)
-        self.total.assign_add(tf.where(finite, values, 0.0))
+    def update_state(self, values: Mapping[str, tf.Tensor | float]) -> None:
+        """Add one step: `values` maps each name to a scalar tensor."""
+        vector = tf.stack([tf.cast(values[n], self.dtype) for n in self.names])
+        finite = tf.math.is_finite(vector)
+        self.total.assign_add(tf.where(finite, vector, 0.0))
         self.count.assign_add(tf.cast(finite, self.dtype))
 
-    def result(self):
+    def result(self) -> dict[str, tf.Tensor]:
         # Where nothing was observed: 0 / 0, not a number.
         means = tf.convert_to_tensor(self.total.value) / self.count.value
         return dict(zip(self.names, tf.unstack(means)))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "names": self.names}

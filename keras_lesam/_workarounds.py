@@ -1,18 +1,23 @@
-"""What would not be here if Keras, TensorFlow and XLA were otherwise.
+"""Shims for bugs and limits of Keras, TensorFlow and XLA.
 
-Each with its reason and its issue upstream; tests/test_workarounds.py tells
-when one of them can go.
+Each with its reason and its issue upstream; a test in
+tests/test_workarounds.py fails once a shim can be removed.
 """
 
 import contextlib
 import threading
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 
-def has_fast_conditionals(model):
-    """False where XLA runs a branch much slower than the same code outside.
+def has_fast_conditionals(model: keras.Model) -> bool:
+    """Tell whether code in a branch runs about as fast as outside of it.
 
     XLA on CPU does not bring convolutions inside of conditionals and loops
     into the form that its fast kernels need; the gradient of a kernel takes
@@ -24,8 +29,8 @@ def has_fast_conditionals(model):
     return not (model.jit_compile and devices == {"CPU"})
 
 
-def synchronizes_replicas(model):
-    """Whether a pass of a model communicates: `synchronized=True` layers.
+def synchronizes_replicas(model: keras.Model) -> bool:
+    """Tell whether replicas communicate in a pass (`synchronized=True`).
 
     A replica cannot wait for the others inside of a conditional
     (`merge_call`: https://github.com/tensorflow/tensorflow/issues/27716).
@@ -36,8 +41,8 @@ def synchronizes_replicas(model):
     )
 
 
-def is_multi_worker(strategy):
-    """Whether some replicas are in other processes."""
+def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
+    """Tell whether some replicas are in other processes."""
     return (
         isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         and len(strategy.extended.worker_devices)
@@ -54,7 +59,9 @@ class MultiWorkerModel(keras.Model):
     https://github.com/keras-team/keras/issues/20585
     """
 
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
         strategy = self.distribute_strategy
         if iterator is not None and is_multi_worker(strategy):
             _, _, batches = next(iter(iterator))
@@ -66,20 +73,28 @@ class MultiWorkerModel(keras.Model):
         super()._maybe_symbolic_build(iterator, data_batch)
 
 
-def reducible(logs):
-    """Logs of which Keras can take the mean over workers; see above."""
+def reducible(logs: Any) -> Any:
+    """Reshape logs so that Keras can take their mean over workers.
+
+    See `MultiWorkerModel` for why it fails with scalars.
+    """
     if not is_multi_worker(tf.distribute.get_strategy()):
         return logs
     return keras.tree.map_structure(lambda v: tf.reshape(v, (1,)), logs)
 
 
-def refuse_limits_of_keras(strategy, compile_arguments):
-    """Raises `ValueError` for what Keras 3 cannot do on several replicas.
+def refuse_limits_of_keras(
+    strategy: tf.distribute.Strategy, compile_arguments: Mapping[str, Any]
+) -> None:
+    """Refuse what Keras 3 cannot do on several replicas.
 
-    It ends in errors of TensorFlow, deep inside: gradient accumulation and
-    several steps per execution because replicas cannot meet in a branch, XLA
-    because a step would read variables of several devices. TPUs compile in
-    their own way: there, nothing is refused.
+    Otherwise it ends in obscure errors of TensorFlow: gradient accumulation
+    and several steps per execution because replicas cannot synchronize in a
+    branch, XLA because a step would read variables of several devices. TPUs
+    compile in their own way: there, nothing is refused.
+
+    Raises:
+        ValueError: if `compile_arguments` ask for one of these.
     """
     replicas = strategy.num_replicas_in_sync
     if replicas == 1 or isinstance(strategy, tf.distribute.TPUStrategy):
@@ -94,7 +109,8 @@ def refuse_limits_of_keras(strategy, compile_arguments):
         _refuse("jit_compile", True, False, replicas)
 
 
-def _refuse(name, value, instead, replicas):
+def _refuse(name: str, value: Any, instead: Any, replicas: int) -> None:
+    """Raise `ValueError` unless `value` is `instead` or `None`."""
     if value not in (instead, None):
         raise ValueError(
             f"Keras cannot do with `{name}` on {replicas} replicas; leave it "
@@ -102,8 +118,10 @@ def _refuse(name, value, instead, replicas):
         )
 
 
-def map_with_masks(function, tensors):
-    """`function(*tensors)`, and the same for the Keras masks they carry.
+def map_with_masks(
+    function: Callable[..., tf.Tensor], tensors: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """Apply a function to tensors and to the Keras masks that they carry.
 
     Losses and metrics read a mask off the outputs. Keras has no public name
     for it: https://github.com/keras-team/keras/blob/master/keras/src/backend/
@@ -116,22 +134,25 @@ def map_with_masks(function, tensors):
     return result
 
 
-def forget_compile(model):
-    """Keeps a `compile` without an optimizer out of the files of a model.
+def forget_compile(model: keras.Model) -> None:
+    """Keep a `compile` without an optimizer out of the files of a model.
 
     Keras saves it, and fails to load it: `compile_from_config` builds the
-    optimizer that is None. There is no public way to take a `compile` back.
+    optimizer that is None. There is no public way to undo a `compile`.
     """
     vars(model).pop("_compile_config", None)
 
 
-def refuse_rematerialized_layers(model):
-    """Raises `ValueError` for layers that recompute a pass with weights.
+def refuse_rematerialized_layers(model: keras.Model) -> None:
+    """Refuse layers that have weights and recompute their forward pass.
 
     `tf.recompute_grad`, which `keras.RematScope` and `keras.remat` use on
     TensorFlow, differentiates by arguments and by `tf.Variable`s only. To it
     the weights of a pass at `w + eps` are constants; their gradient would be
-    lost without a word. Keras keeps the mode in a private attribute.
+    lost silently. Keras stores the mode in a private attribute.
+
+    Raises:
+        ValueError: if the model has such layers.
     """
     names = [x.name for x in model._flatten_layers() if _recomputes_weights(x)]
     if names:
@@ -143,7 +164,8 @@ def refuse_rematerialized_layers(model):
         )
 
 
-def _recomputes_weights(layer):
+def _recomputes_weights(layer: keras.layers.Layer) -> bool:
+    """Tell whether a layer has weights and recomputes its forward pass."""
     mode = getattr(layer, "_remat_mode", None)
     if mode is None or isinstance(layer, keras.Model):
         return False
@@ -155,17 +177,25 @@ def _recomputes_weights(layer):
 
 
 class _Moments:
-    """`tf.nn.moments` with the variance's second derivative."""
+    """Replacement of `tf.nn.moments` with a correct second derivative.
 
-    def __init__(self):
-        self.original = None
+    Attributes:
+        original: The `tf.nn.moments` that is replaced, where it is.
+        users: How many `twice_differentiable_moments` are open.
+        lock: Guards `users`: contexts may open in several threads.
+    """
+
+    def __init__(self) -> None:
+        self.original: Any = None
         self.users = 0
         self.lock = threading.Lock()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Compute mean and variance, twice differentiable."""
         mean, variance = self.original(*args, **kwargs)
-        # Var x = E (x - c)^2 - (E x - c)^2 for any constant c, here the mean:
-        # 0, and so is its gradient; its second derivative is what is missing.
+        # Var x = E (x - c)^2 - (E x - c)^2 for any constant c. TensorFlow
+        # omits the last term: with the mean for c, it is 0, and so is its
+        # gradient, but not its second derivative.
         return mean, variance - tf.square(mean - tf.stop_gradient(mean))
 
 
@@ -173,8 +203,8 @@ _moments = _Moments()
 
 
 @contextlib.contextmanager
-def twice_differentiable_moments():
-    """In here, normalization layers can be differentiated twice.
+def twice_differentiable_moments() -> Iterator[None]:
+    """Let normalization layers be differentiated twice within the context.
 
     `tf.nn.moments`, which Keras's normalization layers call, computes the
     variance about a mean that it takes for a constant. That is right for the
@@ -194,8 +224,8 @@ def twice_differentiable_moments():
                 tf.nn.moments = _moments.original
 
 
-def has_max_pooling(model):
-    """Whether a model has layers that XLA gets wrong; see `refuse_xla`."""
+def has_max_pooling(model: keras.Model) -> bool:
+    """Tell whether a model has max pooling layers; see `refuse_xla`."""
     pooling = (
         keras.layers.MaxPooling1D,
         keras.layers.MaxPooling2D,
@@ -204,10 +234,10 @@ def has_max_pooling(model):
     return any(isinstance(x, pooling) for x in model._flatten_layers())
 
 
-def refuse_xla():
-    """An operation that XLA cannot compile, and whose name says why.
+def refuse_xla() -> tf.Tensor:
+    """Create an operation that XLA cannot compile, and whose name says why.
 
-    XLA rounds the second derivative of max pooling to 16 bits without a word:
+    XLA silently rounds the second derivative of max pooling to 16 bits:
     https://github.com/openxla/xla, tf2xla's MaxPoolGradGrad. Inside a
     `tf.function` there is no public way to know that XLA will compile it.
 
@@ -221,12 +251,12 @@ def refuse_xla():
 
 
 @contextlib.contextmanager
-def unlocked(layer):
-    """Lets a layer that is built have new weights.
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Let a built layer be given new weights within the context.
 
-    Those that depend on another model's, which was not built when the layer
-    was made: Keras has no public way (keras.Layer.build locks its tracker;
-    quantization and LoRA in Keras unlock it like this).
+    Needed for weights that depend on another model's, which was not built
+    when the layer was made. Keras has no public way: `keras.Layer.build`
+    locks the tracker, and Keras's own quantization and LoRA unlock it so.
     """
     layer._tracker.unlock()
     try:

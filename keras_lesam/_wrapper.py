@@ -1,160 +1,121 @@
-"""The wrapper: a Keras model whose `train_step` climbs before it descends.
+"""`SharpnessAwareModel`: a Keras model trained in sharpness-aware steps.
 
-What all public models have in common; which rule, and what its arguments are
-called, is theirs.
+What `LESAMModel` and `SAMModel` have in common: the `train_step`, what is saved
+of it, and what of it is logged.
 """
 
 import contextlib
-import functools
+import dataclasses
 import inspect
 import math
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
-from keras_lesam import _curvature
-from keras_lesam import _delegation
 from keras_lesam import _passes
-from keras_lesam import _step
 from keras_lesam import _workarounds
-from keras_lesam._budget import Budget
-from keras_lesam._budget import tell_length
+from keras_lesam import ascents
+from keras_lesam import budgets
+from keras_lesam import rules
+from keras_lesam._data import Batch
+from keras_lesam._data import count_rows
+from keras_lesam._delegation import DelegatingModel
+from keras_lesam._delegation import signature_of
+from keras_lesam._progress import NO_LENGTH
+from keras_lesam._progress import ScheduleProgress
+from keras_lesam._progress import TrainingProgress
+from keras_lesam._progress import with_callback
+from keras_lesam._records import States
+from keras_lesam._records import Step
+from keras_lesam._records import StepContext
+from keras_lesam._records import StepInputs
+from keras_lesam._state import Numbers
+from keras_lesam._state import StepState
+from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
-
-# Where the ascent comes from, and what its mean keeps in each step.
-ASCENTS = {"batch": None, "previous": 0.0, "momentum": 0.9}
+from keras_lesam._strategies import Strategies
 
 
-class SharpnessAwareModel(_workarounds.MultiWorkerModel):
-    """Trains a Keras model by steps of a `rule`.
+class SharpnessAwareTrainer(DelegatingModel):
+    """The training of a `SharpnessAwareModel`: steps, their state, their logs.
 
     Args:
-        model: A `keras.Model`.
-        rule: A `_rule.Rule`.
-        budget: Float or schedule, what the rule makes the climb from.
-        warmup: Share of the training over which the budget rises.
-        anneal: Share of the training over which it falls.
-        total_steps: Steps of the training, or `None`.
+        model: The `keras.Model` to train.
+        strategies: How: a `Strategies`.
         logs: Names of the statistics in the logs.
 
-    The other arguments are those of `LESAMModel`.
+    The other arguments are those of `SharpnessAwareModel`.
     """
 
     def __init__(
         self,
-        model,
-        rule,
-        budget,
+        model: keras.Model,
+        strategies: Strategies,
+        logs: tuple[str, ...],
         *,
-        warmup,
-        anneal,
-        total_steps,
-        logs,
-        num_batch_splits,
-        ascent_from,
-        ascent_fraction,
-        ascent_every,
-        perturbation_scope,
-        perturb,
-        name,
-    ):
-        _check_model(model)
-        # The inner model's policy: it decides whether `compile` scales the
-        # loss. No autocast: what comes in is for the inner model to cast.
-        super().__init__(
-            name=_check_name(name), dtype=model.dtype_policy, autocast=False
-        )
+        total_steps: int | None,
+        num_batch_splits: int,
+        perturbation_scope: str,
+        perturb: Callable[[Any], bool] | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(model, name)
         if total_steps is not None:
             total_steps = _checks.integer("total_steps", total_steps, 1)
-        self._perturbation_scope = _checks.choice(
-            "perturbation_scope", perturbation_scope, ("replica", "global")
-        )
         self._num_batch_splits = _checks.integer(
             "num_batch_splits", num_batch_splits, 1
         )
-        self._ascent_fraction = _checks.number(
-            "ascent_fraction", ascent_fraction, 0, 1, above=True
+        self._perturbation_scope = _checks.choice(
+            "perturbation_scope", perturbation_scope, ("replica", "global")
         )
-        self._ascent_every = _checks.integer("ascent_every", ascent_every, 1)
-        self._ascent_from = _checks.choice("ascent_from", ascent_from, ASCENTS)
-        self._check_ascent(rule)
-        if perturb is not None and not callable(perturb):
-            raise TypeError(
-                "`perturb` must be a callable from a variable to bool, or "
-                f"None. Received: perturb={perturb!r}"
-            )
-        self._perturb = perturb
-        self._rule = rule
-        dtype = scalar_dtype(model)
-        self._budget = Budget(budget, warmup, anneal, total_steps, dtype)
-        if self._ascent_fraction < 1 or self._ascent_from != "batch":
-            logs = [name for name in logs if name != "sharpness"]
-        self._statistics = StepStatistics(logs)
-        self._kept = {}
-        self._train_functions = {}
+        self._perturb = _check_perturb(perturb)
+        self._strategies = strategies
+        self._scalar_dtype = scalar_dtype(model)
+        self._numbers = Numbers(
+            {"rule": strategies.rule, "budget": strategies.budget},
+            self._scalar_dtype,
+        )
+        self._progress = TrainingProgress(total_steps, self._scalar_dtype)
+        knows_rise = strategies.ascent.knows_rise
+        self._statistics = StepStatistics(
+            [log for log in logs if log != "sharpness" or knows_rise]
+        )
+        self._state = StepState(self._add_state_variable)
+        self._train_functions: dict[bool, Any] = {}
         self._built_for_training = False
-        self._fitting = False
-        self._evaluating = False
-        self.model = model
-        if model.built:
-            self.built = True
-            self._make_memory()
+        self._is_fitting = False
+        self._is_evaluating = False
+        self._build_state()
 
-    def _check_ascent(self, rule):
-        if rule.every > 1 and self._ascent_every > 1:
-            raise ValueError(
-                "The rule has an `every` of its own: leave `ascent_every` "
-                f"alone. Received: ascent_every={self._ascent_every}, {rule!r}"
-            )
-        if self._ascent_from == "batch":
-            return
-        given = f"Received: ascent_from={self._ascent_from!r}"
-        if self._ascent_fraction < 1 or self._ascent_every > 1:
-            raise ValueError(
-                "With `ascent_from` 'previous' or 'momentum' a step has one "
-                "pass, and nothing to save: leave `ascent_fraction` and "
-                f"`ascent_every` at 1. {given}, ascent_fraction="
-                f"{self._ascent_fraction}, ascent_every={self._ascent_every}"
-            )
-        if rule.combines or rule.keeps:
-            raise ValueError(
-                "With `ascent_from` 'previous' or 'momentum' the gradient at "
-                "the weights is not known, which this rule asks for: use "
-                f"'batch'. {given}, rule {type(rule).__name__}"
-            )
-
-    def train_step(self, data):
-        """One step: two passes, one update, logs. Called by `fit`."""
-        if self._budget.is_zero or (
-            self.built and not self.trainable_variables
-        ):
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Take one step: gradients by the ascent, one update, logs."""
+        if self._is_plain:
             return self._plain_train_step(data)
-        batch = _passes.Batch(*keras.utils.unpack_x_y_sample_weight(data))
+        batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
         self._build_for_training(batch)
-        budget, between = self._budget_of_step()
-
-        def take(step):
-            return self._take(step, batch, budget, between)
-
-        if self._ascent_fraction == 1 or not self._conditional():
-            found = take(self._two_passes())
-        else:
-            # Where the budget is 0, the one pass sees the whole batch.
-            found = tf.cond(
-                budget > 0,
-                lambda: take(self._two_passes()),
-                lambda: take(_step.plain),
-            )
-        gradients, learnt, statistics, logs = found
-
-        self._remember(learnt, between)
+        context = self._step_context()
+        inputs = self._step_inputs(context)
+        gradients, states, statistics, logs = self._strategies.ascent.run(
+            context, batch, inputs, self._report
+        )
+        self._state.assign(states, inputs.states)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         self._statistics.update_state(statistics)
         return _workarounds.reducible({**logs, **self._statistics.result()})
 
-    def _plain_train_step(self, data):
-        """The stock step, to the last bit: nothing looks at its gradients.
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all steps are plain ones."""
+        return self._strategies.budget.is_zero or (
+            self.built and not self.trainable_variables
+        )
+
+    def _plain_train_step(self, data: Any) -> dict[str, Any]:
+        """Take the stock step, to the last bit: nothing looks at its gradients.
 
         A norm of the gradients, merely logged, would keep the graph optimizer
         from fusing them with the update, and change how sums are rounded.
@@ -164,510 +125,389 @@ class SharpnessAwareModel(_workarounds.MultiWorkerModel):
         self._statistics.update_state({**statistics, "gradient_norm": math.nan})
         return _workarounds.reducible({**logs, **self._statistics.result()})
 
-    def test_step(self, data):
-        """The stock step."""
-        return _workarounds.reducible(super().test_step(data))
+    def make_train_function(self, force: bool = False) -> None:
+        """Make one function for no budget at all, and one for the rest.
 
-    def make_train_function(self, force=False):
-        """As in Keras; one function for no budget at all, one for the rest.
-
-        Each is traced once, whatever `sigma` is assigned in between.
+        Each is traced once, whatever the budget is assigned in between.
         """
         if force:
             self._train_functions.clear()
-        is_zero = self._budget.is_zero
+        is_zero = self._strategies.budget.is_zero
         self.train_function = self._train_functions.get(is_zero)
         super().make_train_function(force)
         self._train_functions[is_zero] = self.train_function
 
-    def _budget_of_step(self):
-        """The budget, and whether this is a step between two climbs."""
-        iterations = tf.convert_to_tensor(self.optimizer.iterations)
-        budget = self._budget(iterations)
-        every = max(self._ascent_every, self._rule.every)
-        if every == 1:
-            return budget, None
-        climbs = tf.equal(iterations % every, 0)
-        between = (budget > 0) & ~climbs
-        return tf.where(climbs, budget, tf.zeros_like(budget)), between
+    def _step_context(self) -> StepContext:
+        """Return what stays the same from step to step of a trace."""
+        strategies = self._strategies
+        is_global = (
+            self._perturbation_scope == "global" and _passes.replicas() > 1
+        )
+        return StepContext(
+            model=self,
+            rule=self._numbers.bind("rule", strategies.rule),
+            budget=self._numbers.bind("budget", strategies.budget),
+            estimator=strategies.estimator,
+            perturb_mask=self._perturb_mask(),
+            is_weight=[_passes.is_weight(v) for v in self.trainable_variables],
+            num_batch_splits=self._num_batch_splits,
+            is_global=is_global,
+            # Not where replicas have to meet on the way, which they cannot do
+            # in a branch.
+            use_cond=_workarounds.has_fast_conditionals(self)
+            and strategies.ascent.can_branch(is_global)
+            and not _workarounds.synchronizes_replicas(self.model),
+            dtype=tf.as_dtype(self._scalar_dtype),
+        )
 
-    def _remember(self, learnt, between):
-        """Writes what the next step may know of this one."""
+    def _step_inputs(self, context: StepContext) -> StepInputs:
+        """Return what this step is told."""
+        states = self._state.read()
+        progress = self._progress(self.optimizer.iterations)
+        budget = context.budget(progress, None, states["budget"])
+        if budget is not None:
+            budget = tf.cast(budget, context.dtype)
+        return StepInputs(progress, states, budget)
 
-        def write():
-            for variable, value in zip(self._memory_variables(), learnt):
-                variable.assign(value)
+    def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
+        """Commit model state and metrics; return what outlives a branch.
 
-        in_a_branch = self._conditional() and _passes.replicas() == 1
-        if self._rule.every > 1 and in_a_branch:
-            # Between climbs nothing is learnt: no copy of what is known.
-            tf.cond(between, lambda: None, write)
-        else:
-            write()
-
-    def _two_passes(self):
-        """The kind of step that the arguments ask for."""
-        if self._ascent_from != "batch":
-            decay = ASCENTS[self._ascent_from]
-            return functools.partial(_step.perturbed_from_memory, decay=decay)
-        if self._ascent_fraction < 1:
-            share = self._ascent_fraction
-            return functools.partial(_step.perturbed_from_share, share=share)
-        return _step.perturbed
-
-    def _take(self, step, batch, budget, between):
-        """Gradients, what was learnt, statistics and logs of a step.
-
-        Commits its state, but not what was learnt: replicas may have to meet
-        for that, which they cannot do in a branch.
+        The states of the step are not committed: replicas may have to meet for
+        that, which they cannot do in a branch.
         """
-        if self._num_batch_splits > 1:
-            step = functools.partial(
-                _step.in_parts, step, self._num_batch_splits
-            )
-        problem = _step.Problem(
-            self,
-            self._rule,
-            self._perturbed_weights(),
-            self._curvature_source(),
-            shared=self._shared(),
-            conditional=self._conditional(),
-            memory=self._memory(),
-            between=between,
-        )
-        found = step(problem, batch, budget)
-        _passes.commit(found.state)
-        self._loss_metric().update_state(
-            found.loss, sample_weight=_passes.count_rows(found.batch.x)
-        )
-        logs = self.compute_metrics(
-            found.batch.x,
-            found.batch.y,
-            found.outputs,
-            sample_weight=found.batch.sample_weight,
-        )
-        learnt = {id(variable): value for variable, value in found.learnt}
-        learnt = [learnt[id(v)] for v in self._memory_variables()]
-        return found.gradients, learnt, found.statistics, logs
+        _passes.commit(step.model_state)
+        x, y, sample_weight = step.batch
+        loss = next(m for m in self.metrics if m.name == "loss")
+        loss.update_state(step.loss, sample_weight=count_rows(x))
+        logs = self.compute_metrics(x, y, step.outputs, sample_weight)
+        return step.gradients, step.states, step.statistics, logs
 
-    # What a step tells the next.
+    # What waits for a first batch.
 
-    def _kept_names(self):
-        """Names of what is kept for each weight, and whether for all."""
-        ahead = {} if self._ascent_from == "batch" else {_step.AHEAD: False}
-        return {**self._rule.keeps, **ahead}
-
-    def _make_memory(self):
-        """Makes what is missing: weights of this model, saved with it."""
-        names = self._kept_names()
-        if not names:
+    def _build_for_training(self, batch: Batch) -> None:
+        if self._built_for_training:
             return
-        variables = self.trainable_variables
-        for name, of_all in names.items():
-            kept = self._kept.setdefault(name, {})
-            for variable, moves in zip(variables, self._perturbed_weights()):
-                wanted = moves or (of_all and _passes.is_weight(variable))
-                if wanted and id(variable) not in kept:
-                    kept[id(variable)] = self.add_memory(
-                        variable.shape, variable.dtype, f"{name}_{len(kept)}"
-                    )
+        if not (self._has_length or self._is_fitting):
+            raise ValueError(NO_LENGTH)
+        _workarounds.refuse_rematerialized_layers(self.model)
+        _passes.build(self, batch)
+        with tf.init_scope():
+            self._build_state()
+        self._strategies.estimator.check(self, batch)
+        self._built_for_training = True
 
-    def add_memory(self, shape, dtype, name):
-        """A weight, 0 at first, one for all replicas: the mean of theirs."""
+    @property
+    def _has_length(self) -> bool:
+        """False where `fit` has to say how long the training is."""
+        return (
+            self._progress.total_steps is not None
+            or not self._strategies.budget.needs_length
+        )
+
+    def _build_state(self) -> None:
+        """Make the variables of the state, once the weights are there."""
+        if not self.model.built:
+            return
+        positions = {id(v): i for i, v in enumerate(self.model.weights)}
+        variables = self.trainable_variables
+        if variables:
+            weights = rules.Weights.of(variables, self._perturb_mask())
+            initial = {
+                "budget": self._strategies.budget.init_state(),
+                "curvature": self._strategies.estimator.init_state(
+                    self._scalar_dtype
+                ),
+                "ascent": self._strategies.ascent.init_state(weights),
+                "rule": self._strategies.rule.init_state(weights),
+            }
+            with _workarounds.unlocked(self):
+                self._state.build(
+                    initial, [positions[id(v)] for v in variables]
+                )
+
+    def _add_state_variable(self, value: Any, name: str) -> keras.Variable:
+        """Make a weight, one for all replicas: the mean of theirs."""
         return self.add_weight(
-            shape=shape,
-            initializer="zeros",
-            dtype=dtype,
+            shape=tuple(value.shape),
+            initializer=lambda shape, dtype: tf.cast(value, dtype),
+            dtype=value.dtype.name,
             trainable=False,
             autocast=False,
             aggregation="mean",
             name=name,
         )
 
-    def _memory(self):
-        """`Problem.memory`: lists like the trainable variables."""
-        return {
-            name: [kept.get(id(v)) for v in self.trainable_variables]
-            for name, kept in self._kept.items()
-        }
-
-    def _memory_variables(self):
-        """All that a step may learn, in one order."""
-        return [
-            v for kept in self._memory().values() for v in kept if v is not None
-        ]
-
-    def _perturbed_weights(self):
+    def _perturb_mask(self) -> list[bool]:
         variables = self.trainable_variables
-        moves = [
+        mask = [
             _passes.is_weight(v)
             and (self._perturb is None or bool(self._perturb(v)))
             for v in variables
         ]
-        if not any(moves):
+        if not any(mask):
             raise ValueError(
                 "`perturb` selects none of the trainable variables. "
                 f"Received: perturb={self._perturb!r}, for variables "
                 f"{[v.path for v in variables]}"
             )
-        return moves
+        return mask
 
-    def _shared(self):
-        """Whether several replicas climb as one."""
-        return self._perturbation_scope == "global" and _passes.replicas() > 1
+    def save_own_variables(self, store: Any) -> None:
+        """Save what steps have told the next, by name."""
+        self._state.save(store)
 
-    def _conditional(self):
-        """Whether a pass can be left out at run time.
+    def load_own_variables(self, store: Any) -> None:
+        """Load what steps have told the next; a file may have none of it."""
+        # The inner model may have been built since, by a first batch.
+        self._build_state()
+        self._state.load(store)
 
-        Not where replicas have to meet on the way, which they cannot do in a
-        branch.
-        """
-        return (
-            _workarounds.has_fast_conditionals(self)
-            and not (self._shared() and self._ascent_fraction < 1)
-            and not _workarounds.synchronizes_replicas(self.model)
+
+@keras.saving.register_keras_serializable(package="keras_lesam")
+class SharpnessAwareModel(SharpnessAwareTrainer):
+    """Trains a Keras model by any rule, budget and ascent.
+
+    The general form of `LESAMModel` and `SAMModel`. A step asks the `ascent`
+    for a gradient, the `budget` for what may be spent and the `rule` for the
+    perturbation, and applies what the rule makes of both gradients.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam import SharpnessAwareModel, ascents, budgets, rules
+    >>> net = keras.Sequential([keras.layers.Dense(1)])
+    >>> model = SharpnessAwareModel(
+    ...     net,
+    ...     rules.LossEquated(rho_max=1.0),
+    ...     budgets.Constant(0.1, warmup=0.1),
+    ...     ascents.Every(2),
+    ... )
+    >>> model.compile("sgd", "mse")
+    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    >>> sorted(history.history)
+    ['gradient_norm', 'loss', 'rho', 'sharpness', 'sigma']
+
+    The logs are those of `LESAMModel`; `sigma` is the budget, whatever its
+    unit.
+
+    Args:
+        model: A `keras.Model`; see `LESAMModel`.
+        rule: One of `keras_lesam.rules`. `None`: `rules.LossEquated()`.
+        budget: One of `keras_lesam.budgets`, or a number, or a schedule.
+            `None`: the rule's own. For `SAM` and its relatives it is the
+            radius, and has to be the rule's `rho`.
+        ascent: One of `keras_lesam.ascents`. `None`: `ascents.FullBatch()`, or
+            what the rule asks for.
+        curvature: One of `keras_lesam.estimators`, or `"none"`, `"hvp"`,
+            `"secant"`.
+        total_steps: Integer > 0, or `None`; see `LESAMModel`.
+        num_batch_splits: Integer > 0, m-sharpness.
+        perturbation_scope: `"replica"` or `"global"`.
+        perturb: Callable from a `keras.Variable` to bool, or `None`.
+        name: Name of the model.
+
+    Attributes:
+        model: The wrapped model itself.
+        rule: The rule, an immutable object; so are `budget`, `ascent` and
+            `curvature`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if one is out of range, if two of them exclude each other,
+            or if `model` has training logic that cannot be honoured.
+    """
+
+    LOGS: tuple[str, ...] = ("rho", "gradient_norm", "sharpness", "sigma")
+
+    def __init__(
+        self,
+        model: keras.Model,
+        rule: rules.Rule | None = None,
+        budget: Any = None,
+        ascent: ascents.Ascent | None = None,
+        curvature: Any = "none",
+        *,
+        total_steps: int | None = None,
+        num_batch_splits: int = 1,
+        perturbation_scope: str = "replica",
+        perturb: Callable[[Any], bool] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            Strategies.of(rule, budget, ascent, curvature),
+            self.LOGS,
+            total_steps=total_steps,
+            num_batch_splits=num_batch_splits,
+            perturbation_scope=perturbation_scope,
+            perturb=perturb,
+            name=name,
         )
-
-    def _curvature_source(self):
-        """Of the climb of a step; reads what earlier steps have learnt."""
-        return _curvature.FirstOrder()
-
-    def _loss_metric(self):
-        return next(m for m in self.metrics if m.name == "loss")
-
-    def _build_for_training(self, batch):
-        if self._built_for_training:
-            return
-        if not (self._budget.has_length or self._fitting):
-            raise ValueError(_NO_LENGTH)
-        self._prepare_for_training(batch)
-        self._built_for_training = True
-
-    def _prepare_for_training(self, batch):
-        """Refuses what cannot be trained; makes what waits for a batch."""
-        _workarounds.refuse_rematerialized_layers(self.model)
-        _passes.build(self, batch)
-        with tf.init_scope(), _workarounds.unlocked(self):
-            self._make_memory()
-
-    # The model, as Keras sees it.
-
-    def call(self, inputs, training=None):
-        """The inner model's outputs."""
-        del training  # The inner model sees it in the call's context.
-        return self.model(inputs)
-
-    def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
-        """The loss that `fit` minimises; the inner model's, if it has one."""
-        if not _delegation.has_own_loss_or_metrics(self.model):
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        return _delegation.compute_loss(
-            self.model, x, y, y_pred, sample_weight, training
-        )
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Updates and returns the metrics; the inner model's, if it has any."""
-        if not _delegation.has_own_loss_or_metrics(self.model):
-            return super().compute_metrics(x, y, y_pred, sample_weight)
-        results = self.model.compute_metrics(x, y, y_pred, sample_weight)
-        return {**results, **self.get_metrics_result()}
-
-    def predict_step(self, data):
-        """The inner model's."""
-        return self.model.predict_step(data)
-
-    @property
-    def metrics(self):
-        """Metrics of the training; of evaluation, while that runs."""
-        own = _delegation.own_metrics(self.model)
-        if _delegation.has_own_loss_or_metrics(self.model):
-            found = [m for m in super().metrics if m.name == "loss"] + own
-            found.append(self._statistics)
-        else:
-            found = super().metrics + own
-        if self._evaluating:
-            found = [m for m in found if m is not self._statistics]
-        return found
-
-    def reset_metrics(self):
-        """Resets all metrics, the inner model's too."""
-        super().reset_metrics()
-        if _delegation.has_own_loss_or_metrics(self.model):
-            self.model.reset_metrics()
 
     # What users call.
 
-    def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`, scaling the loss as the inner model would.
-
-        An inner model with `compute_loss` or `compute_metrics` of its own is
-        compiled along, without an optimizer, so that they can call `super()`.
-
-        Raises:
-            ValueError: for what Keras cannot do on several replicas: gradient
-                accumulation, several steps per execution, XLA.
-        """
-        given = inspect.signature(super().compile).bind(*args, **kwargs)
-        _workarounds.refuse_limits_of_keras(
-            self.distribute_strategy, given.arguments
-        )
+    @signature_of(keras.Model.compile)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         super().compile(*args, **kwargs)
         self._built_for_training = False
         self._train_functions.clear()
-        if _delegation.has_own_loss_or_metrics(self.model):
-            _delegation.compile_along(self.model, super().compile, args, kwargs)
 
-    def compile_from_config(self, config):
-        """Compiles as the model in a saved file was compiled."""
-        config = keras.saving.deserialize_keras_object(config)
-        self.compile(**config)
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
+    compile.__doc__ = DelegatingModel.compile.__doc__
 
-    def fit(self, *args, **kwargs):
-        """As `keras.Model.fit`; also tells the budget how long it will be.
+    @signature_of(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.fit`, telling the budget how long it will be.
 
         Raises:
             ValueError: before training starts, if `warmup` or `anneal` are
                 shares of a training of unknown length: the number of steps in
                 an epoch is unknown and `total_steps` was not given.
         """
-        if self._budget.has_length:
-            return super().fit(*args, **kwargs)
-        fit = inspect.signature(super().fit).bind(*args, **kwargs)
-        fit.arguments["callbacks"] = tell_length(
-            self._budget, fit.arguments.get("callbacks"), self
+        stock = super().fit
+        if self._has_length:
+            return stock(*args, **kwargs)
+        bound = inspect.signature(stock).bind(*args, **kwargs)
+        bound.arguments["callbacks"] = with_callback(
+            bound.arguments.get("callbacks"),
+            ScheduleProgress(self._progress, lambda: self.budget),
+            self,
         )
-        self._fitting = True
+        self._is_fitting = True
         try:
-            return super().fit(*fit.args, **fit.kwargs)
+            return stock(*bound.args, **bound.kwargs)
         finally:
-            self._fitting = False
+            self._is_fitting = False
 
-    def train_on_batch(self, *args, **kwargs):
-        """As `keras.Model.train_on_batch`, if the training's length is known.
+    @signature_of(keras.Model.train_on_batch)
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.train_on_batch`, if the length is known.
 
         Raises:
             ValueError: if `warmup` or `anneal` are not 0 and `total_steps`
                 was not given.
         """
-        if not self._budget.has_length:
-            raise ValueError(_NO_LENGTH)
+        if not self._has_length:
+            raise ValueError(NO_LENGTH)
         return super().train_on_batch(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        """As `keras.Model.evaluate`, with plain Keras's logs."""
+    @signature_of(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate`, with plain Keras's logs."""
         with self._evaluation():
             return super().evaluate(*args, **kwargs)
 
-    def test_on_batch(self, *args, **kwargs):
-        """As `keras.Model.test_on_batch`, with plain Keras's logs."""
+    @signature_of(keras.Model.test_on_batch)
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Test as `keras.Model.test_on_batch`, with plain Keras's logs."""
         with self._evaluation():
             return super().test_on_batch(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _evaluation(self):
-        before, self._evaluating = self._evaluating, True
+    def _evaluation(self) -> Iterator[None]:
+        before, self._is_evaluating = self._is_evaluating, True
         try:
             yield
         finally:
-            self._evaluating = before
-
-    def export(self, filepath, *args, **kwargs):
-        """Exports the inner model, as `keras.Model.export` would.
-
-        The artifact has its input names and needs neither this package nor
-        Keras to serve.
-        """
-        return self.model.export(filepath, *args, **kwargs)
-
-    # Saving.
-
-    def get_config(self):
-        """All arguments of the constructor, serialized."""
-        is_schedule = self._budget.schedule is not None
-        return {
-            "model": _delegation.serialize(self.model),
-            "warmup": None if is_schedule else self.warmup,
-            "anneal": None if is_schedule else self.anneal,
-            "total_steps": self.total_steps,
-            "num_batch_splits": self.num_batch_splits,
-            "ascent_from": self.ascent_from,
-            "ascent_fraction": self.ascent_fraction,
-            "ascent_every": self.ascent_every,
-            "perturbation_scope": self.perturbation_scope,
-            "perturb": None
-            if self.perturb is None
-            else keras.saving.serialize_keras_object(self.perturb),
-            "name": self.name,
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The wrapper of a `get_config`, around a new inner model."""
-        return cls(
-            **{
-                key: keras.saving.deserialize_keras_object(
-                    value, custom_objects=custom_objects
-                )
-                if isinstance(value, dict)
-                else value
-                for key, value in config.items()
-            }
-        )
-
-    def load_own_variables(self, store):
-        """What steps have told the next; a file may have none of it."""
-        if len(store.keys()) == len(self._own_weights()):
-            super().load_own_variables(store)
-
-    def _own_weights(self):
-        return [v for kept in self._kept.values() for v in kept.values()]
-
-    def get_build_config(self):
-        """Nothing: the inner model knows how it was built."""
-        return None
-
-    def build_from_config(self, config):
-        """Built when the inner model is."""
-        del config
-        self.built = self.model.built
+            self._is_evaluating = before
 
     @property
-    def output_names(self):
-        """Names of the inner model's outputs, for dicts of losses."""
-        return self.model.output_names
+    def metrics(self) -> list[Any]:
+        """Metrics of the training; of evaluation, while that runs."""
+        metrics = [m for m in super().metrics if m is not self._statistics]
+        return metrics if self._is_evaluating else [*metrics, self._statistics]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return all arguments of the constructor, serialized."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "rule": serialize(self.rule),
+            "budget": serialize(self.budget),
+            "ascent": serialize(self.ascent),
+            "curvature": serialize(self._strategies.estimator),
+            **self._common_config(),
+        }
+
+    def _common_config(self) -> dict[str, Any]:
+        perturb = self.perturb
+        if perturb is not None:
+            perturb = keras.saving.serialize_keras_object(perturb)
+        return {
+            "total_steps": self.total_steps,
+            "num_batch_splits": self.num_batch_splits,
+            "perturbation_scope": self.perturbation_scope,
+            "perturb": perturb,
+        }
 
     # The arguments.
 
-    def _assign_budget(self, name, value):
-        """Another number for the budget, which does not retrace."""
-        if _checks.is_schedule(value) or self._budget.schedule is not None:
+    def _set_amount(self, name: str, value: Any, **changes: Any) -> None:
+        """Take another number for the budget, which does not retrace.
+
+        `changes` are those of the rule, if it says the number too.
+        """
+        budget = self.budget
+        if _checks.is_schedule(value) or not isinstance(
+            budget, budgets.Constant
+        ):
             raise TypeError(
                 f"`{name}` can be assigned a number where it was a number; for "
                 f"a schedule make a new {type(self).__name__} around `.model`. "
                 f"Received: {name}={value!r}"
             )
         value = _checks.number(name, value, 0)
-        if value and self._fitting:
-            self._budget.require_steps()
-        self._budget.sigma = value
+        if value and self._is_fitting:
+            self._progress.require_steps(budget)
+        self._set(
+            rule=self.rule.replace(**changes),
+            budget=budget.replace(sigma=value),
+        )
         if self.train_function is not None:
             self.make_train_function()
 
-    @property
-    def warmup(self):
-        return self._budget.warmup
+    def _set(self, **changes: Any) -> None:
+        """Replace strategies by others that differ in their numbers only."""
+        self._strategies = dataclasses.replace(self._strategies, **changes)
+        for owner, strategy in changes.items():
+            self._numbers.assign(owner, strategy)
 
     @property
-    def anneal(self):
-        return self._budget.anneal
+    def rule(self) -> rules.Rule:
+        return self._strategies.rule
 
     @property
-    def total_steps(self):
-        return self._budget.total_steps
+    def budget(self) -> budgets.Budget:
+        return self._strategies.budget
 
     @property
-    def num_batch_splits(self):
+    def ascent(self) -> ascents.Ascent:
+        return self._strategies.ascent
+
+    @property
+    def curvature(self) -> Any:
+        return self._strategies.estimator
+
+    @property
+    def total_steps(self) -> int | None:
+        return self._progress.total_steps
+
+    @property
+    def num_batch_splits(self) -> int:
         return self._num_batch_splits
 
     @property
-    def ascent_from(self):
-        return self._ascent_from
-
-    @property
-    def ascent_fraction(self):
-        return self._ascent_fraction
-
-    @property
-    def ascent_every(self):
-        return self._ascent_every
-
-    @property
-    def perturbation_scope(self):
+    def perturbation_scope(self) -> str:
         return self._perturbation_scope
 
     @property
-    def perturb(self):
+    def perturb(self) -> Callable[[Any], bool] | None:
         return self._perturb
 
 
-def check_shares(name, budget, warmup, anneal, defaults):
-    """`warmup` and `anneal` as shares, `defaults` where they are `None`.
-
-    Args:
-        name: String, what the budget is called.
-        budget: A number or a schedule, which says it all.
-        warmup: What was received.
-        anneal: What was received.
-        defaults: Two floats.
-    """
-    if _checks.is_schedule(budget):
-        if warmup is not None or anneal is not None:
-            raise ValueError(
-                f"`{name}` is a schedule, which is the whole budget over time: "
-                "leave `warmup` and `anneal` alone. "
-                f"Received: warmup={warmup!r}, anneal={anneal!r}"
-            )
-        return 0.0, 0.0
-    warmup = defaults[0] if warmup is None else warmup
-    anneal = defaults[1] if anneal is None else anneal
-    warmup = _checks.number("warmup", warmup, 0, 1)
-    anneal = _checks.number("anneal", anneal, 0, 1)
-    if warmup + anneal > 1 + 1e-9:
-        raise ValueError(
-            "`warmup` and `anneal` are shares of one training: together they "
-            f"must be at most 1. Received: warmup={warmup}, anneal={anneal}"
-        )
-    return warmup, anneal
-
-
-def scalar_dtype(model):
-    """The dtype of slope, rho and budget: that of the weights, or float32."""
-    wide = "float64" in (
-        model.dtype_policy.variable_dtype,
-        keras.config.floatx(),
-    )
-    return "float64" if wide else "float32"
-
-
-_NO_LENGTH = (
-    "The budget's warm-up and annealing are shares of the whole training, and "
-    "how long it is only `fit` knows. Pass `total_steps` to the model, or set "
-    "warmup=0 and anneal=0. Received: total_steps=None"
-)
-
-
-def _check_model(model):
-    if isinstance(model, SharpnessAwareModel):
-        raise ValueError(
-            f"`model` is a {type(model).__name__} already; wrap its `.model`. "
-            f"Received: model={model!r}"
-        )
-    if not isinstance(model, keras.Model):
+def _check_perturb(perturb: Any) -> Any:
+    if perturb is not None and not callable(perturb):
         raise TypeError(
-            "`model` must be a keras.Model (of Keras 3; a model of tf_keras "
-            "is not one). "
-            f"Received: model={model!r} of type {type(model).__module__}."
-            f"{type(model).__name__}"
+            "`perturb` must be a callable from a variable to bool, or "
+            f"None. Received: perturb={perturb!r}"
         )
-    _delegation.refuse_custom_steps(model)
-    # A model that is not built yet will be, in the scope of the wrapper.
-    replicated = _passes.replicas() > 1
-    for variable in model.variables[:1]:
-        made = isinstance(variable.value, tf.distribute.DistributedValues)
-        if made != replicated:
-            raise ValueError(
-                "`model` and its wrapper must be made in the same "
-                "`strategy.scope()`. Received: a model made "
-                f"{'in' if made else 'outside of'} the scope of one with "
-                "several replicas"
-            )
-
-
-def _check_name(name):
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"`name` must be a string. Received: name={name!r}")
-    return name
+    return perturb

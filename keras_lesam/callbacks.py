@@ -1,13 +1,15 @@
-"""What a run should watch: the curvature at the ends of epochs."""
+"""Callbacks that watch the curvature of the loss while a model trains."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_lesam import _checks
 from keras_lesam import _lanczos
-from keras_lesam import _operator
+from keras_lesam._data import to_batches
+from keras_lesam._operator import HessianOperator
 
 __all__ = ["Curvature"]
 
@@ -15,11 +17,11 @@ __all__ = ["Curvature"]
 class Curvature(keras.callbacks.Callback):
     """Logs the largest eigenvalue and the trace of the Hessian.
 
-    On a fixed sample, at the ends of epochs, of the loss that `fit`
-    minimises. The logs have `top_eigenvalue` and `hessian_trace` (loss units
-    per squared weight-space distance). Put it before the callbacks that are
-    to see them (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`); `History`
-    sees them anyway.
+    The Hessian is that of the loss that `fit` minimises, on a fixed sample,
+    at the ends of epochs. The logs have `top_eigenvalue` and `hessian_trace`
+    (loss units per squared weight-space distance). Put it before the
+    callbacks that are to see them (`TensorBoard`, `CSVLogger`,
+    `ModelCheckpoint`); `History` sees them anyway.
 
     Example:
 
@@ -53,53 +55,55 @@ class Curvature(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y=None,
-        sample_weight=None,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
         *,
-        batch_size=32,
-        every=1,
-        tolerance=1e-2,
-        trace_samples=20,
-        seed=0,
-    ):
+        batch_size: int = 32,
+        every: int = 1,
+        tolerance: float = 1e-2,
+        trace_samples: int = 20,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         batch_size = _checks.integer("batch_size", batch_size, 1)
-        self._batches = _operator.batches(x, y, sample_weight, batch_size)
+        self._batches = to_batches(x, y, sample_weight, batch_size)
         self.every = _checks.integer("every", every, 1)
         self.tolerance = _checks.number("tolerance", tolerance, 0, above=True)
-        least = 2 if trace_samples else 0
+        # A single sample has no standard error.
+        minimum = 2 if trace_samples else 0
         self.trace_samples = _checks.integer(
-            "trace_samples", trace_samples, least
+            "trace_samples", trace_samples, minimum
         )
         self.seed = seed
 
-    def on_train_begin(self, logs=None):
-        # Traced with the first product, and kept for all epochs.
-        self._hessian = _operator.Hessian(self.model, self._batches)
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        # One operator for all epochs: it is traced once, by its first product.
+        self._hessian = HessianOperator.of_batches(self.model, self._batches)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if logs is None:
             return
         last = epoch + 1 == self.params.get("epochs")
-        measured = (epoch + 1) % self.every == 0 or last
-        logs["top_eigenvalue"] = (
-            self._top_eigenvalue() if measured else math.nan
-        )
+        is_due = (epoch + 1) % self.every == 0 or last
+        # Otherwise nan, so that all lists of `History` have the same length.
+        logs["top_eigenvalue"] = self._top_eigenvalue() if is_due else math.nan
         if self.trace_samples:
-            logs["hessian_trace"] = self._trace() if measured else math.nan
+            logs["hessian_trace"] = self._trace() if is_due else math.nan
 
-    def _top_eigenvalue(self):
+    def _top_eigenvalue(self) -> float:
         values, _ = _lanczos.largest(
             self._hessian, 1, self.tolerance, 1000, self._rng()
         )
         return float(values[0])
 
-    def _trace(self):
+    def _trace(self) -> float:
         value, _, _ = _lanczos.trace(
             self._hessian, 0.0, self.trace_samples, self._rng()
         )
         return value
 
-    def _rng(self):
+    def _rng(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)

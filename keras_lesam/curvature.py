@@ -2,7 +2,8 @@
 
 Everything here is about the Hessian `H` of that loss (data loss, `add_loss`
 and regularizers, in training mode) by the trainable variables: products with
-it, its largest eigenvalues, its trace, its spectrum. Nothing is written to
+it, its largest eigenvalues, its trace, its spectrum, and `H` itself as a
+linear operator. Nothing is written to
 the model: batch normalization statistics and random seeds stay as they are,
 so that dropout draws the mask that the next training step would.
 
@@ -10,19 +11,26 @@ The model must be compiled. Under `tf.distribute` the loss is the global one:
 a call outside of a replica computes on one device.
 """
 
+from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _hessian
 from keras_lesam import _lanczos
-from keras_lesam import _operator
 from keras_lesam import _passes
 from keras_lesam import _workarounds
+from keras_lesam._data import to_batch
+from keras_lesam._operator import HessianOperator
+from keras_lesam._operator import choose_method
+from keras_lesam._operator import prepare
+from keras_lesam._vectors import Tensors
 
 __all__ = [
+    "HessianOperator",
     "SpectralDensity",
     "Trace",
     "hessian_vector_product",
@@ -31,13 +39,16 @@ __all__ = [
     "trace",
 ]
 
-_METHODS = ("auto", *_hessian.METHODS)
-
 
 def hessian_vector_product(
-    model, x, y, vectors, sample_weight=None, method="auto"
-):
-    """`H v` for one batch.
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    vectors: list[Any],
+    sample_weight: Any = None,
+    method: str = "auto",
+) -> Tensors:
+    """Return `H v` for one batch.
 
     Works eagerly and in a `tf.function`. There, it is traced once: do that
     for many products of one model.
@@ -60,10 +71,10 @@ def hessian_vector_product(
         vectors: List parallel to `model.trainable_variables`: arrays or
             tensors of their shapes, or `None` for zeros.
         sample_weight: Weights of the rows.
-        method: `"forward_over_reverse"`: a `tf.autodiff.ForwardAccumulator`
-            around a `tf.GradientTape`; `"reverse_over_reverse"`: a tape around
-            a tape; or `"auto"`: the former, but where the model has loops
-            (LSTM, GRU), for which forward mode has no rule.
+        method: `"reverse_over_reverse"`: a `tf.GradientTape` around another;
+            `"forward_over_reverse"`: a `tf.autodiff.ForwardAccumulator` around
+            a tape, which has no rule for loops (LSTM, GRU); or `"auto"`: the
+            former, as in `LESAMModel`.
 
     Returns:
         List of tensors, shaped like the variables and in their dtypes (loss
@@ -85,12 +96,12 @@ def hessian_vector_product(
         Pearlmutter, "Fast exact multiplication by the Hessian", Neural
         Computation 1994.
     """
-    _checks.choice("method", method, _METHODS)
-    batch = _operator.one_batch(x, y, sample_weight)
-    _operator.prepare(model, batch)
+    _checks.choice("method", method, _hessian.CHOICES)
+    batch = to_batch(x, y, sample_weight)
+    prepare(model, batch)
     weights = _passes.read(model.trainable_variables)
     vectors = _check_vectors(vectors, model.trainable_variables)
-    method, xla_is_wrong = _operator.choose_method(model, batch, method)
+    method, xla_is_wrong = choose_method(model, batch, method)
     refusals = [_workarounds.refuse_xla()] if xla_is_wrong else []
     with tf.control_dependencies(refusals):
         scaled = _hessian.product(model, weights, batch, vectors, method)
@@ -106,22 +117,22 @@ def hessian_vector_product(
 
 
 def top_eigenvalues(
-    model,
-    x,
-    y=None,
-    k=1,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    k: int = 1,
     *,
-    sample_weight=None,
-    batch_size=32,
-    variables=None,
-    tolerance=1e-4,
-    max_products=1000,
-    seed=0,
-    method="auto",
-    return_vectors=False,
-    verbose=1,
-):
-    """The `k` largest eigenvalues of the Hessian.
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    variables: list[Any] | None = None,
+    tolerance: float = 1e-4,
+    max_products: int = 1000,
+    seed: int = 0,
+    method: str = "auto",
+    return_vectors: bool = False,
+    verbose: int = 1,
+) -> Any:
+    """Compute the `k` largest eigenvalues of the Hessian.
 
     By SciPy's Lanczos iteration with implicit restarts (ARPACK). The largest
     one is what is mostly meant by the sharpness of a minimum.
@@ -175,11 +186,11 @@ def top_eigenvalues(
     k = _checks.integer("k", k, 1)
     tolerance = _checks.number("tolerance", tolerance, 0)
     max_products = _checks.integer("max_products", max_products, 1)
-    hessian = _hessian_of(
+    hessian = HessianOperator(
         model,
         x,
         y,
-        sample_weight,
+        sample_weight=sample_weight,
         batch_size=batch_size,
         variables=variables,
         method=method,
@@ -213,20 +224,20 @@ class Trace(NamedTuple):
 
 
 def trace(
-    model,
-    x,
-    y=None,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
     *,
-    sample_weight=None,
-    batch_size=32,
-    variables=None,
-    tolerance=0.05,
-    max_samples=200,
-    seed=0,
-    method="auto",
-    verbose=1,
-):
-    """The trace of the Hessian, the sum of its eigenvalues, estimated.
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    variables: list[Any] | None = None,
+    tolerance: float = 0.05,
+    max_samples: int = 200,
+    seed: int = 0,
+    method: str = "auto",
+    verbose: int = 1,
+) -> Trace:
+    """Estimate the trace of the Hessian, the sum of its eigenvalues.
 
     The mean of `v.(H v)` over random vectors of signs, whose expectation it
     is.
@@ -260,11 +271,11 @@ def trace(
     """
     tolerance = _checks.number("tolerance", tolerance, 0, above=True)
     max_samples = _checks.integer("max_samples", max_samples, 2)
-    hessian = _hessian_of(
+    hessian = HessianOperator(
         model,
         x,
         y,
-        sample_weight,
+        sample_weight=sample_weight,
         batch_size=batch_size,
         variables=variables,
         method=method,
@@ -289,32 +300,32 @@ class SpectralDensity(NamedTuple):
     eigenvalues: np.ndarray
     weights: np.ndarray
 
-    def moment(self, order):
-        """The mean of the eigenvalues to a power: `tr(H^order) / n`."""
+    def moment(self, order: float) -> float:
+        """Return the mean of the eigenvalues to a power: `tr(H^order) / n`."""
         return float(np.sum(self.weights * self.eigenvalues**order))
 
-    def density(self, grid, width):
-        """The density at the points `grid`, by Gaussians of that `width`."""
+    def density(self, grid: Any, width: float) -> np.ndarray:
+        """Return the density at the points `grid`, by Gaussians of a width."""
         distance = (np.asarray(grid)[..., None] - self.eigenvalues) / width
         gauss = np.exp(-0.5 * distance**2) / (width * np.sqrt(2 * np.pi))
         return gauss @ self.weights
 
 
 def spectral_density(
-    model,
-    x,
-    y=None,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
     *,
-    sample_weight=None,
-    batch_size=32,
-    variables=None,
-    probes=10,
-    steps=50,
-    seed=0,
-    method="auto",
-    verbose=1,
-):
-    """The spectrum of the Hessian, by stochastic Lanczos quadrature.
+    sample_weight: Any = None,
+    batch_size: int = 32,
+    variables: list[Any] | None = None,
+    probes: int = 10,
+    steps: int = 50,
+    seed: int = 0,
+    method: str = "auto",
+    verbose: int = 1,
+) -> SpectralDensity:
+    """Estimate the spectrum of the Hessian, by stochastic Lanczos quadrature.
 
     `probes` random vectors, each the start of `steps` steps of Lanczos'
     iteration. The memory needed is that of `steps` copies of the weights.
@@ -350,11 +361,11 @@ def spectral_density(
     """
     probes = _checks.integer("probes", probes, 1)
     steps = _checks.integer("steps", steps, 1)
-    hessian = _hessian_of(
+    hessian = HessianOperator(
         model,
         x,
         y,
-        sample_weight,
+        sample_weight=sample_weight,
         batch_size=batch_size,
         variables=variables,
         method=method,
@@ -365,23 +376,16 @@ def spectral_density(
     )
 
 
-def _hessian_of(model, x, y, sample_weight, *, batch_size, **options):
-    _checks.choice("method", options["method"], _METHODS)
-    batch_size = _checks.integer("batch_size", batch_size, 1)
-    batches = _operator.batches(x, y, sample_weight, batch_size)
-    return _operator.Hessian(model, batches, **options)
-
-
-def _check_vectors(vectors, variables):
+def _check_vectors(vectors: Any, variables: list[Any]) -> Tensors:
     if not isinstance(vectors, list | tuple) or len(vectors) != len(variables):
         raise ValueError(
             "`vectors` must be a list parallel to `model.trainable_variables`."
             f" Received: {_describe(vectors)}, for {len(variables)} variables"
         )
-    found = []
+    checked: Tensors = []
     for vector, variable in zip(vectors, variables):
         if vector is None or not _passes.is_weight(variable):
-            found.append(None)
+            checked.append(None)
             continue
         vector = tf.cast(vector, variable.dtype)
         if not vector.shape.is_compatible_with(variable.shape):
@@ -390,13 +394,13 @@ def _check_vectors(vectors, variables):
                 f"Received: {vector.shape} for {variable.path!r} of shape "
                 f"{variable.shape}"
             )
-        found.append(vector)
-    if all(vector is None for vector in found):
+        checked.append(vector)
+    if all(vector is None for vector in checked):
         raise ValueError("`vectors` are all None: there is nothing to do.")
-    return found
+    return checked
 
 
-def _describe(vectors):
+def _describe(vectors: Any) -> str:
     if isinstance(vectors, list | tuple):
         return f"{len(vectors)} vectors"
     return f"a {type(vectors).__name__}"

@@ -6,13 +6,18 @@ dropout. The weights of the model are not written. The `plot_` functions need
 matplotlib: `pip install 'keras_lesam[landscape]'`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_lesam import _checks
-from keras_lesam import _operator
 from keras_lesam import _passes
+from keras_lesam._data import row_fractions
+from keras_lesam._data import to_batches
+from keras_lesam._operator import prepare
 
 __all__ = [
     "filter_normalized_direction",
@@ -25,12 +30,14 @@ __all__ = [
 ]
 
 
-def filter_normalized_direction(model, seed=0):
-    """A random direction in which distances compare between models.
+def filter_normalized_direction(
+    model: keras.Model, seed: int = 0
+) -> list[np.ndarray]:
+    """Draw a random direction whose distances compare between models.
 
     Each filter of the direction (the last axis of a kernel counts them) has
     the norm of the model's own filter: at distance 1, each filter has moved
-    by its own norm. Biases and the parameters of normalization stay.
+    by its own norm. Biases and the parameters of normalization do not move.
 
     Example:
 
@@ -61,17 +68,17 @@ def filter_normalized_direction(model, seed=0):
 
 
 def loss_along(
-    model,
-    x,
-    y=None,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
     *,
-    direction,
-    distances,
-    sample_weight=None,
-    batch_size=256,
-    verbose=1,
-):
-    """The loss at `w + t direction` for every `t` in `distances`.
+    direction: Sequence[Any],
+    distances: Sequence[float] | np.ndarray,
+    sample_weight: Any = None,
+    batch_size: int = 256,
+    verbose: int = 1,
+) -> np.ndarray:
+    """Compute the loss at `w + t direction` for every `t` in `distances`.
 
     Example:
 
@@ -114,17 +121,17 @@ def loss_along(
 
 
 def loss_on_plane(
-    model,
-    x,
-    y=None,
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
     *,
-    directions,
-    distances,
-    sample_weight=None,
-    batch_size=256,
-    verbose=1,
-):
-    """The loss at `w + s a + t b` on a grid.
+    directions: Sequence[Sequence[Any]],
+    distances: Sequence[Sequence[float] | np.ndarray],
+    sample_weight: Any = None,
+    batch_size: int = 256,
+    verbose: int = 1,
+) -> np.ndarray:
+    """Compute the loss at `w + s a + t b` on a grid.
 
     Example:
 
@@ -164,55 +171,74 @@ def loss_on_plane(
 
 
 class _Around:
-    """The loss as a function of the distances gone along directions."""
+    """The loss as a function of the distances along some directions.
 
-    def __init__(self, model, data, batch_size, directions):
+    Args:
+        model: A compiled `keras.Model`.
+        data: Tuple `(x, y, sample_weight)`, as of `loss_along`.
+        batch_size: Integer > 0, rows of a batch.
+        directions: Sequence of lists of arrays like the trainable variables.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        data: tuple[Any, Any, Any],
+        batch_size: int,
+        directions: Sequence[Sequence[Any]],
+    ) -> None:
         batch_size = _checks.integer("batch_size", batch_size, 1)
         self.model = model
-        self.batches = _operator.batches(*data, batch_size)
-        _operator.prepare(model, self.batches[0])
+        self.batches = to_batches(*data, batch_size)
+        prepare(model, self.batches[0])
         self.directions = [_check_direction(model, d) for d in directions]
         self._loss = tf.function(self._loss_of_batch, autograph=False)
 
-    def losses(self, points, verbose):
+    def losses(
+        self, points: Sequence[tuple[float, ...]], verbose: int
+    ) -> np.ndarray:
+        """Compute the losses at several points and show the progress."""
         bar = keras.utils.Progbar(
             len(points), verbose=verbose, unit_name="point"
         )
-        found = []
+        losses = []
         for point in points:
-            found.append(self(point))
+            losses.append(self(point))
             bar.add(1)
-        return np.array(found)
+        return np.array(losses)
 
-    def __call__(self, point):
-        shares = _operator.shares(self.batches)
+    def __call__(self, point: tuple[float, ...]) -> float:
+        """Compute the loss at a point: one distance for each direction."""
+        fractions = row_fractions(self.batches)
         dtype = self.model.trainable_variables[0].dtype
-        point = tf.constant(point, dtype)
+        # A tensor, so that all points have one trace.
+        distances = tf.constant(point, dtype)
         return sum(
-            share * float(self._loss(point, batch))
-            for batch, share in zip(self.batches, shares)
+            fraction * float(self._loss(distances, batch))
+            for batch, fraction in zip(self.batches, fractions)
         )
 
-    def _loss_of_batch(self, point, batch):
-        """Nothing is written; the distances are tensors: one trace."""
+    def _loss_of_batch(self, distances: tf.Tensor, batch: Any) -> tf.Tensor:
+        """Compute the loss of one batch without writing to the model."""
         weights = [
-            w + sum(t * d for t, d in zip(tf.unstack(point), moves))
+            w + sum(t * d for t, d in zip(tf.unstack(distances), moves))
             for w, *moves in zip(
                 _passes.read(self.model.trainable_variables), *self.directions
             )
         ]
-        mapping = [*zip(self.model.trainable_variables, weights)]
-        with keras.StatelessScope(mapping, collect_losses=True):
-            outputs = self.model(batch.x, training=False)
-            loss = self.model.compute_loss(
-                *(batch.x, batch.y, outputs, batch.sample_weight),
-                training=False,
-            )
-        return loss * _passes.replicas(loss.dtype)
+        _, loss, _, _ = _passes.forward(
+            self.model, weights, batch, training=False
+        )
+        return loss
 
 
-def plot_line(distances, losses, ax=None, **line):
-    """Draws losses along a direction.
+def plot_line(
+    distances: Sequence[float] | np.ndarray,
+    losses: np.ndarray,
+    ax: Any = None,
+    **line: Any,
+) -> Any:
+    """Draw losses along a direction.
 
     Args:
         distances: Sequence of floats.
@@ -233,8 +259,13 @@ def plot_line(distances, losses, ax=None, **line):
     return ax
 
 
-def plot_plane(distances, losses, ax=None, levels=20):
-    """Draws losses on a plane as filled contours, the model in the middle.
+def plot_plane(
+    distances: Sequence[Sequence[float] | np.ndarray],
+    losses: np.ndarray,
+    ax: Any = None,
+    levels: int | Sequence[float] | np.ndarray = 20,
+) -> Any:
+    """Draw losses on a plane as filled contours, the model in the middle.
 
     Args:
         distances: The pair of sequences that `loss_on_plane` was given.
@@ -262,8 +293,10 @@ def plot_plane(distances, losses, ax=None, levels=20):
     return ax
 
 
-def plot_spectrum(spectrum, ax=None, width=None, **line):
-    """Draws a spectrum as a density, on a logarithmic scale.
+def plot_spectrum(
+    spectrum: Any, ax: Any = None, width: float | None = None, **line: Any
+) -> Any:
+    """Draw a spectrum as a density, on a logarithmic scale.
 
     Most eigenvalues of a net are next to 0; a few are far out.
 
@@ -287,7 +320,7 @@ def plot_spectrum(spectrum, ax=None, width=None, **line):
     grid = np.linspace(low - 4 * width, high + 4 * width, 1000)
     ax.plot(grid, spectrum.density(grid, width), **line)
     ax.set_yscale("log")
-    # What is left of the masses that one weight in a million would have.
+    # About the density of one weight in a million: below are only tails.
     ax.set_ylim(bottom=1e-6)
     ax.set(
         xlabel="eigenvalue (loss per squared weight-space distance)",
@@ -296,8 +329,8 @@ def plot_spectrum(spectrum, ax=None, width=None, **line):
     return ax
 
 
-def plot_budget(history, axes=None):
-    """Draws the budget, the rise reached and the radius over the epochs.
+def plot_budget(history: Any, axes: Any = None) -> Any:
+    """Draw the budget, the rise reached and the radius over the epochs.
 
     Args:
         history: What `fit` of a `LESAMModel` returned, or its `.history`.
@@ -338,7 +371,8 @@ def plot_budget(history, axes=None):
     return above, below
 
 
-def _random_filters(kernel, rng):
+def _random_filters(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw random filters with the norms of those of a kernel."""
     if kernel.ndim < 2:
         return np.zeros_like(kernel)
     filters = kernel.reshape(-1, kernel.shape[-1])
@@ -347,7 +381,10 @@ def _random_filters(kernel, rng):
     return random.reshape(kernel.shape)
 
 
-def _check_direction(model, direction):
+def _check_direction(
+    model: keras.Model, direction: Sequence[Any]
+) -> list[tf.Tensor]:
+    """Check the shapes of a direction and convert it to tensors."""
     variables = model.trainable_variables
     shapes = [tuple(np.shape(d)) for d in direction]
     expected = [tuple(v.shape) for v in variables]
@@ -360,7 +397,8 @@ def _check_direction(model, direction):
     return [tf.cast(d, v.dtype) for d, v in zip(direction, variables)]
 
 
-def _axes(ax):
+def _axes(ax: Any) -> Any:
+    """Make an `Axes` unless there is one already."""
     if ax is not None:
         return ax
     figure, ax = _pyplot().subplots(layout="constrained")
@@ -368,18 +406,21 @@ def _axes(ax):
     return _tidy(ax)
 
 
-def _two_axes():
+def _two_axes() -> list[Any]:
+    """Make two `Axes`, one above the other."""
     _, axes = _pyplot().subplots(2, sharex=True, layout="constrained")
     return [_tidy(ax) for ax in axes]
 
 
-def _tidy(ax):
+def _tidy(ax: Any) -> Any:
+    """Give an `Axes` a light grid and no box."""
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _pyplot():
+def _pyplot() -> Any:
+    """Import pyplot where it is needed: matplotlib is an optional package."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""SAM and its relatives, as rules for `SAMModel`.
+"""SAM and its relatives, and LE-SAM, as rules.
 
 ```
 from keras_lesam import SAMModel, rules
@@ -6,34 +6,49 @@ from keras_lesam import SAMModel, rules
 model = SAMModel(net, rules.ASAM(rho=0.5, eta=0.01))
 ```
 
-A rule says how far to climb, and along what; the passes, and all that Keras
-wants of a step, are the same for all. In what follows `g` is the gradient of
-the loss at the weights `w`, and `h` the one at `w + eps`. The optimizer is
-given `h` where nothing else is said.
+A rule says how long the perturbation is, and along what; the passes, and all
+that Keras wants of a step, are the same for all. In what follows `g` is the
+gradient of the loss at the weights `w`, and `h` the one at `w + eps`. The
+optimizer is given `h` where nothing else is said.
 
-| rule              | the climb                             | the update     |
-|-------------------|---------------------------------------|----------------|
-| `SAM`             | `eps = rho g / ||g||`                 | `h`            |
-| `ASAM`            | `eps = rho T^2 g / ||T g||`           | `h`            |
-| `UnnormalizedSAM` | `eps = rho g`                         | `h`            |
-| `GSAM`            | as SAM                                | less `g` aside |
-| `FriendlySAM`     | `eps` along `g` less its running mean | `h`            |
-| `WSAM`            | as SAM                                | `g` and `h`    |
-| `LookSAM`         | as SAM, in one step of several        | see there      |
+| rule              | the perturbation                      | the update       |
+|-------------------|---------------------------------------|------------------|
+| `LossEquated`     | `eps = rho T^2 g / ||T g||`           | `h - alpha g`    |
+| `SAM`             | `eps = rho g / ||g||`                 | `h`              |
+| `ASAM`            | `eps = rho T^2 g / ||T g||`           | `h`              |
+| `UnnormalizedSAM` | `eps = rho g`                         | `h`              |
+| `GSAM`            | as SAM                                | `h - alpha g'`   |
+| `FriendlySAM`     | `eps` along `g` less its running mean | `h`              |
+| `WSAM`            | as SAM                                | of `g` and `h`   |
+| `LookSAM`         | as SAM, in one step of several        | see there        |
 
-LE-SAM itself is `keras_lesam.LESAMModel`. A rule of your own is a subclass
-of one of these with another `radius`, `scaling`, `ascent` or `descent`.
+A rule of your own is a subclass of `Rule`, or of one of these.
 
-The norm is over all weights that move, as one vector, biases and the weights
-of normalization layers included; several implementations of ASAM leave those
-out of `T`.
+The norm is over all weights that are perturbed, as one vector, biases and the
+weights of normalization layers included; several implementations of ASAM leave
+those out of `T`.
 """
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _rule
+from keras_lesam import _vectors
+from keras_lesam import ascents
+from keras_lesam import budgets
+from keras_lesam._gradients import Gradients
+from keras_lesam._rule import Perturbation
+from keras_lesam._rule import Rule
+from keras_lesam._rule import State
+from keras_lesam._rule import Weights
+from keras_lesam._rule import combine
+from keras_lesam._rule import usable_radius
+from keras_lesam._vectors import Tensors
 
 __all__ = [
     "ASAM",
@@ -41,16 +56,106 @@ __all__ = [
     "SAM",
     "WSAM",
     "FriendlySAM",
+    "Gradients",
     "LookSAM",
+    "LossEquated",
+    "Perturbation",
+    "Rule",
     "UnnormalizedSAM",
+    "Weights",
+    "combine",
+    "usable_radius",
 ]
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
 
+DEFAULT_SIGMA = 0.1
+DEFAULT_WARMUP = 0.1
+DEFAULT_ANNEAL = 0.2
+
 
 @_register
-class SAM(_rule.Rule):
-    """Sharpness-Aware Minimization: a climb of fixed length.
+class LossEquated(Rule):
+    """LE-SAM: a perturbation along which the loss rises by the budget.
+
+    `eps = rho T^2 g / ||T g||` with `rho = min(sigma / ||T g||, rho_max)`, or
+    the root of the quadratic model where the curvature is known (Wang et al.
+    2026). The budget `sigma` is in loss units.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam import SharpnessAwareModel, budgets, rules
+    >>> net = keras.Sequential([keras.layers.Dense(1)])
+    >>> rule = rules.LossEquated(rho_max=1.0, adaptive=True)
+    >>> model = SharpnessAwareModel(net, rule, budgets.Constant(0.1))
+    >>> model.compile("sgd", "mse")
+    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+
+    Args:
+        rho_max: Float > 0, the largest radius `rho` (weight-space distance),
+            or `None` for no cap.
+        adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
+        alpha: Float in [0, 1], the share of the plain gradient that the update
+            leaves out: `g_hat = h - alpha g` (the decoupling of the paper).
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if one is out of range.
+
+    References:
+        Wang, Liu, Xie, Gao, "Loss-Equated Sharpness-Aware Minimization", ICML
+        2026, arXiv 2605.10183.
+    """
+
+    def __init__(
+        self,
+        rho_max: float | None = None,
+        adaptive: bool = False,
+        alpha: float = 0.0,
+    ) -> None:
+        if rho_max is not None:
+            rho_max = _checks.number("rho_max", rho_max, 0, above=True)
+        self.rho_max = rho_max
+        self.adaptive = _checks.boolean("adaptive", adaptive)
+        self.alpha = _checks.number("alpha", alpha, 0, 1)
+
+    def numbers(self) -> dict[str, float]:
+        return {"rho_max": math.inf if self.rho_max is None else self.rho_max}
+
+    def scaling(self, weights: Tensors) -> Tensors:
+        """Return `T`: the weights where it is adaptive."""
+        return weights if self.adaptive else super().scaling(weights)
+
+    def radius(
+        self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
+    ) -> tf.Tensor:
+        """Return the radius over which the loss rises by the budget."""
+        rho_max = math.inf if self.rho_max is None else self.rho_max
+        if tf.is_tensor(rho_max):
+            rho_max = tf.cast(rho_max, budget.dtype)
+        return _rule.loss_equated_radius(norm, budget, rho_max, curvature)
+
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return `h - alpha g`."""
+        if not self.alpha:
+            return perturbed, state
+        return combine(plain, perturbed, 1.0, -self.alpha), state
+
+    @property
+    def uses_plain_gradient(self) -> bool:
+        return bool(self.alpha)
+
+    def default_budget(self) -> budgets.Budget:
+        """Return the defaults of `LESAMModel`."""
+        return budgets.Constant(DEFAULT_SIGMA, DEFAULT_WARMUP, DEFAULT_ANNEAL)
+
+
+@_register
+class SAM(Rule):
+    """Sharpness-Aware Minimization: a perturbation of fixed length.
 
     `eps = rho g / ||g||`, the first-order solution of `max L(w + eps)` over
     `||eps|| <= rho` (Foret et al. 2021, equation 2).
@@ -80,41 +185,30 @@ class SAM(_rule.Rule):
         Efficiently Improving Generalization", ICLR 2021, arXiv 2010.01412.
     """
 
-    def __init__(self, rho=0.05):
+    def __init__(self, rho: Any = 0.05) -> None:
         if not _checks.is_schedule(rho):
             rho = _checks.number("rho", rho, 0)
         self.rho = rho
 
-    def radius(self, slope, budget, curvature=None):
-        """`rho`; 0 where there is no direction to go."""
+    def radius(
+        self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
+    ) -> tf.Tensor:
+        """Return the budget, which is `rho`; 0 without a direction to go."""
         del curvature
-        return _rule.usable_radius(budget, slope)
+        return usable_radius(budget, norm)
 
-    def get_config(self):
-        """The arguments of the constructor, serialized."""
-        if _checks.is_schedule(self.rho):
-            return {"rho": keras.saving.serialize_keras_object(self.rho)}
-        return {"rho": self.rho}
+    @property
+    def uses_curvature(self) -> bool:
+        return False
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The rule of a `get_config`."""
-        config = dict(config)
-        if isinstance(config["rho"], dict):
-            config["rho"] = keras.saving.deserialize_keras_object(
-                config["rho"], custom_objects=custom_objects
-            )
-        return cls(**config)
-
-    def __repr__(self):
-        arguments = vars(self).items()
-        names = [f"{k}={v!r}" for k, v in arguments if not k.startswith("_")]
-        return f"{type(self).__name__}({', '.join(names)})"
+    def default_budget(self) -> budgets.Budget:
+        """Return `rho` in every step."""
+        return budgets.from_number("rho", self.rho, None, None, (0.0, 0.0))
 
 
 @_register
 class ASAM(SAM):
-    """Adaptive SAM: a climb of fixed length where weights are unit length.
+    """Adaptive SAM: a perturbation of fixed length in units of the weights.
 
     `eps = rho T^2 g / ||T g||` with `T = |w| + eta` element by element (Kwon
     et al. 2021, equation 6): scaling the weights of a layer, and undoing it
@@ -130,15 +224,13 @@ class ASAM(SAM):
         arXiv 2102.11600.
     """
 
-    def __init__(self, rho=0.5, eta=0.01):
+    def __init__(self, rho: Any = 0.5, eta: float = 0.01) -> None:
         super().__init__(rho)
         self.eta = _checks.number("eta", eta, 0)
 
-    def scaling(self, weights):
+    def scaling(self, weights: Tensors) -> Tensors:
+        """Return `|w| + eta`."""
         return [tf.abs(w) + self.eta for w in weights]
-
-    def get_config(self):
-        return {**super().get_config(), "eta": self.eta}
 
 
 @_register
@@ -158,18 +250,20 @@ class UnnormalizedSAM(SAM):
         Minimization", ICML 2022, arXiv 2206.06232, section 3.
     """
 
-    def radius(self, slope, budget, curvature=None):
-        """`rho ||g||`."""
+    def radius(
+        self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
+    ) -> tf.Tensor:
+        """Return `rho ||g||`."""
         del curvature
-        return _rule.usable_radius(budget * slope, slope)
+        return usable_radius(budget * norm, norm)
 
 
 @_register
 class GSAM(SAM):
     """Surrogate Gap Guided SAM: also narrows the gap `L(w + eps) - L(w)`.
 
-    `g_hat = h - alpha g_perp`, where `g_perp = g - (g.h / ||h||^2) h` is the
-    part of the plain gradient aside of `h`: going up along it raises the loss
+    `g_hat = h - alpha g'`, where `g' = g - (g.h / ||h||^2) h` is the component
+    of the plain gradient orthogonal to `h`: going up along it raises the loss
     at `w`, and leaves that at `w + eps` alone (Zhuang et al. 2022, algorithm
     1). Their `rho` follows the learning rate: give a schedule.
 
@@ -183,25 +277,24 @@ class GSAM(SAM):
         2022, arXiv 2203.08065.
     """
 
-    needs_products = True
-    combines = True
-
-    def __init__(self, rho=0.05, alpha=0.4):
+    def __init__(self, rho: Any = 0.05, alpha: float = 0.4) -> None:
         super().__init__(rho)
         self.alpha = _checks.number("alpha", alpha, 0)
 
-    def descent(self, products):
-        """`h - alpha (g - c h)` with `c = g.h / ||h||^2`."""
-        c = tf.math.divide_no_nan(products.inner, products.perturbed)
-        return 1 + self.alpha * c, -self.alpha
-
-    def get_config(self):
-        return {**super().get_config(), "alpha": self.alpha}
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return `h - alpha (g - c h)` with `c = g.h / ||h||^2`."""
+        c = tf.math.divide_no_nan(
+            plain.dot(perturbed), perturbed.dot(perturbed)
+        )
+        updated = combine(plain, perturbed, 1 + self.alpha * c, -self.alpha)
+        return updated, state
 
 
 @_register
 class FriendlySAM(SAM):
-    """Friendly SAM: climbs by what a batch's gradient has of its own.
+    """Friendly SAM: ascends along what a batch's gradient has of its own.
 
     `eps = rho d / ||d||` with `d = g - share m`, where `m` estimates the
     gradient of the whole data: `m <- decay m + (1 - decay) g`, from the raw
@@ -224,28 +317,43 @@ class FriendlySAM(SAM):
         CVPR 2024, arXiv 2403.12350.
     """
 
-    keeps = {"mean": False}
-
-    def __init__(self, rho=0.05, decay=0.9, share=1.0):
+    def __init__(
+        self, rho: Any = 0.05, decay: float = 0.9, share: float = 1.0
+    ) -> None:
         super().__init__(rho)
         self.decay = _checks.number("decay", decay, 0, 1, below=True)
         self.share = _checks.number("share", share, 0, 1)
 
-    def ascent(self, gradients, scale, memory):
-        """`d = g - share m`, times the scale."""
-        return [
-            None if g is None else g - self.share * tf.cast(scale, m.dtype) * m
-            for g, m in zip(gradients, memory["mean"])
+    def init_state(self, weights: Weights) -> State:
+        """Return the mean `m`, zeros for weights that are perturbed."""
+        return {
+            "mean": [
+                None if w is None else tf.zeros_like(w)
+                for w in weights.perturbed
+            ]
+        }
+
+    def perturb(
+        self,
+        gradients: Tensors,
+        weights: Tensors,
+        budget: tf.Tensor,
+        state: State,
+        curvature: Any = None,
+    ) -> Perturbation:
+        """Return that of SAM along `d = g - share m`."""
+        directions = [
+            None if g is None else g - self.share * tf.cast(m, g.dtype)
+            for g, m in zip(gradients, state["mean"])
         ]
+        return super().perturb(directions, weights, budget, state, curvature)
 
-    def remember(self, memory, plain, perturbed, products, climbed):
-        """`m <- decay m + (1 - decay) g`."""
-        del perturbed, products, climbed
-        return {"mean": _rule.running_mean(memory["mean"], plain, self.decay)}
-
-    def get_config(self):
-        own = {"decay": self.decay, "share": self.share}
-        return {**super().get_config(), **own}
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return `h`, and `m <- decay m + (1 - decay) g`."""
+        mean = _vectors.running_mean(state["mean"], [*plain], self.decay)
+        return perturbed, {"mean": mean}
 
 
 @_register
@@ -269,30 +377,26 @@ class WSAM(SAM):
         2305.15817.
     """
 
-    combines = True
-
-    def __init__(self, rho=0.05, gamma=0.9):
+    def __init__(self, rho: Any = 0.05, gamma: float = 0.9) -> None:
         super().__init__(rho)
         self.gamma = _checks.number("gamma", gamma, 0, 1, below=True)
 
-    def descent(self, products):
-        """`a h + (1 - a) g`."""
-        del products
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return `a h + (1 - a) g`."""
         a = self.gamma / (1 - self.gamma)
-        return a, 1 - a
-
-    def get_config(self):
-        return {**super().get_config(), "gamma": self.gamma}
+        return combine(plain, perturbed, a, 1 - a), state
 
 
 @_register
 class LookSAM(SAM):
-    """LookSAM: climbs in one step of `every`, and remembers what it found.
+    """LookSAM: an ascent in one step of `every`, reused in the others.
 
-    A step with a climb is a step of SAM, and keeps `v = h - (g.h / ||g||^2)
-    g`, the part of `h` aside of the gradient, which changes slowly. The steps
-    between have one pass, and `g_hat = g + alpha ||g|| / ||v|| v` (Liu et al.
-    2022, algorithm 1).
+    A step with an ascent is a step of SAM, and its state is `v = h - (g.h /
+    ||g||^2) g`, the component of `h` orthogonal to the gradient, which changes
+    slowly. The steps between have one pass, and `g_hat = g + alpha ||g|| /
+    ||v|| v` (Liu et al. 2022, algorithm 1).
 
     `v` is a weight of the model, saved with it, one for all replicas; to
     renew it, gradients are summed over the replicas once more.
@@ -308,7 +412,7 @@ class LookSAM(SAM):
     Args:
         rho: As in `SAM`.
         alpha: Float >= 0, the share of `v` in the steps between.
-        every: Integer > 0, the steps from one climb to the next. A step costs
+        every: Integer > 0, the steps from one ascent to the next. A step costs
             `1 + 1 / every` plain ones, and passes over the weights that count
             where a step takes a few milliseconds only.
 
@@ -317,42 +421,73 @@ class LookSAM(SAM):
         Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714.
     """
 
-    keeps = {"aside": True}
-    needs_products = True
-
-    def __init__(self, rho=0.05, alpha=0.7, every=5):
+    def __init__(
+        self, rho: Any = 0.05, alpha: float = 0.7, every: int = 5
+    ) -> None:
         super().__init__(rho)
         self.alpha = _checks.number("alpha", alpha, 0)
         self.every = _checks.integer("every", every, 1)
 
-    def remember(self, memory, plain, perturbed, products, climbed):
-        """`v = h - c g` with `c = g.h / ||g||^2`; without a climb as it was."""
-        aside = memory["aside"]
-
-        def renewed():
-            finite = tf.math.is_finite(products.perturbed)
-            c = tf.math.divide_no_nan(products.inner, products.plain)
-            return [
-                v
-                if h is None
-                else tf.where(finite, h - tf.cast(c, h.dtype) * g, v)
-                for v, h, g in zip(aside, perturbed, plain)
+    def init_state(self, weights: Weights) -> State:
+        """Return `v`, zeros for all weights."""
+        return {
+            "orthogonal": [
+                None if w is None else tf.zeros_like(w) for w in weights
             ]
+        }
 
-        return {"aside": tf.cond(climbed, renewed, lambda: aside)}
+    def update(
+        self, plain: Gradients, perturbed: Gradients, state: State
+    ) -> tuple[Sequence[Any], State]:
+        """Return `h` and a new `v`; between ascents `g + c v`, and `v`."""
+        v = state["orthogonal"]
+        # What is summed below is summed where it is needed, in a branch.
+        plain.reduce_with(perturbed)
 
-    def reuse(self, gradients, memory, dtype):
-        """`alpha ||g|| / ||v|| v`; nothing before the first climb."""
-        aside = memory["aside"]
-        ones = [None] * len(aside)
-        factor = self.alpha * tf.math.divide_no_nan(
-            _rule.slope(gradients, ones, dtype),
-            _rule.slope(aside, ones, dtype),
+        def ascended() -> tuple[list[Any], list[Any]]:
+            return [*perturbed], _orthogonal(plain, perturbed, v)
+
+        def between() -> tuple[list[Any], list[Any]]:
+            return _reused(plain, v, self.alpha), v
+
+        gradients, v = tf.cond(perturbed.radius > 0, ascended, between)
+        return gradients, {"orthogonal": v}
+
+    def default_ascent(self, ascent: ascents.Ascent | None) -> ascents.Ascent:
+        """Return the ascent in one step of `every`."""
+        if ascent is None or ascent.period == 1:
+            return ascents.Every(self.every, ascent)
+        if ascent.period == self.every:
+            return ascent
+        raise ValueError(
+            "The rule has an `every` of its own: leave `ascent_every` alone. "
+            f"Received: {ascent.keywords()}, {self!r}"
         )
-        return [
-            None if v is None else tf.cast(factor, v.dtype) * v for v in aside
-        ]
 
-    def get_config(self):
-        own = {"alpha": self.alpha, "every": self.every}
-        return {**super().get_config(), **own}
+
+def _orthogonal(
+    plain: Gradients, perturbed: Gradients, old: Tensors
+) -> Tensors:
+    """Return `h - (g.h / ||g||^2) g`; what it was if `h` is not finite."""
+    is_finite = tf.math.is_finite(perturbed.dot(perturbed))
+    c = tf.math.divide_no_nan(plain.dot(perturbed), plain.dot(plain))
+
+    def renewed(g: Any, h: Any, v: Any) -> Any:
+        if v is None or h is None:
+            return v
+        change = tf.cast(h - _vectors.times(c, g), v.dtype)
+        return tf.where(is_finite, change, v)
+
+    return [renewed(g, h, v) for g, h, v in zip(plain, perturbed, old)]
+
+
+def _reused(plain: Gradients, v: Tensors, alpha: float) -> list[Any]:
+    """Return `g + alpha ||g|| / ||v|| v`; `g` before the first ascent."""
+    size = plain.norm()
+    factor = alpha * tf.math.divide_no_nan(size, _vectors.norm(v, size.dtype))
+    return [
+        g
+        if g is None or v is None
+        else g + _vectors.times(factor, tf.cast(v, g.dtype))
+        for g, v in zip(plain, v)
+    ]

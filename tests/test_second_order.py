@@ -1,6 +1,7 @@
 """The budget met to second order: `curvature="hvp"` and `"secant"`."""
 
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -10,7 +11,8 @@ from keras import layers
 
 from keras_lesam import LESAMModel
 from keras_lesam import _hessian
-from keras_lesam import _rule
+from keras_lesam import estimators
+from keras_lesam import rules
 from tests import reference
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
@@ -333,7 +335,8 @@ def test_traced_once(curvature):
 
 
 def memory(model):
-    return model._secant.numpy()
+    [state] = [w for w in model.weights if w.name == "curvature.means"]
+    return state.numpy()
 
 
 @pytest.mark.usefixtures("float64")
@@ -361,21 +364,20 @@ def test_secant_never_climbs_further_than_to_first_order():
 
 
 def learn(state, seen, rho=0.5, slope=2.0, loss=1.0, dtype="float64"):
-    """The memory after one step whose climb showed a curvature `seen`."""
-    from types import SimpleNamespace
-
-    from keras_lesam import _curvature
-
-    secant = _curvature.Secant(keras.Variable(state, dtype=dtype))
+    """The state after one step whose ascent showed a curvature `seen`."""
     scalar = lambda value: tf.constant(value, dtype)  # noqa: E731
     first = SimpleNamespace(
-        problem=SimpleNamespace(shared=False),
-        climb=_rule.Climb([], scalar(rho), scalar(slope)),
+        context=SimpleNamespace(is_global=False),
         point=SimpleNamespace(loss=scalar(loss)),
     )
     rise = slope * rho + seen * rho**2 / 2
-    [(_, learnt)] = secant.learn(first, scalar(rho), scalar(rise))
-    return learnt.numpy()
+    state = estimators.Secant().update(
+        first,
+        rules.Perturbation([], scalar(rho), scalar(slope)),
+        scalar(rise),
+        {"means": scalar(state)},
+    )
+    return state["means"].numpy()
 
 
 def test_secant_is_a_running_mean():

@@ -1,7 +1,7 @@
-"""The methods: how each wraps a net, and the settings it may choose from.
+"""The methods: how each wraps a net, and the settings it is tuned over.
 
-All have six settings. Plain training chooses learning rate and weight decay,
-which the others take over; their own six are of the numbers that are theirs.
+All have six settings. Plain training tunes learning rate and weight decay;
+the others take these over, and tune hyperparameters of their own.
 """
 
 import dataclasses
@@ -32,9 +32,8 @@ class Method:
         wrap: Callable from a net and a setting to the model to fit.
         settings: List of dicts to choose from.
         budget: Name of the attribute of the model, and of the entry of a
-            setting, that may change without building the model anew; or
-            `None`.
-        cost: Float, roughly the plain steps in a step, for the time left.
+            setting, that may change without a new model; or `None`.
+        cost: Float, rough cost of a step in plain steps, for the time left.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Method:
 
 
 def _grid(**values):
-    """All combinations, as dicts."""
+    """Return all combinations of the values, as dicts."""
     found = [{}]
     for name, choices in values.items():
         found = [{**f, name: choice} for f in found for choice in choices]
@@ -53,7 +52,7 @@ def _grid(**values):
 
 
 def plain(adam):
-    """Plain training, which chooses learning rate and weight decay."""
+    """Make plain training, which tunes learning rate and weight decay."""
     rates = (0.001, 0.002, 0.004) if adam else (0.03, 0.1, 0.3)
     decays = (0.01, 0.1) if adam else (0.0, 0.005)
     settings = _grid(learning_rate=rates, weight_decay=decays)
@@ -68,7 +67,7 @@ def _sam_rule(name, rule, **values):
 
 
 def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
-    """A `Method` of `LESAMModel` with these options."""
+    """Make a `Method` of `LESAMModel` with these options."""
 
     def wrap(net, setting):
         return LESAMModel(net, setting["sigma"], **options)
@@ -89,11 +88,11 @@ METHODS = [
 ]
 
 
-# What pays less. All have LE-SAM's six budgets, or SAM's six radii.
+# Cheaper ways. All have LE-SAM's six budgets, or SAM's six radii.
 
 
 def is_of_normalization(variable):
-    """Scales and offsets of normalization layers (SAM-ON)."""
+    """Return whether it is a scale or offset of normalization (SAM-ON)."""
     return variable.name in ("gamma", "beta")
 
 
@@ -103,8 +102,8 @@ class Window(keras.optimizers.schedules.LearningRateSchedule):
     Args:
         budget: Float.
         start: Integer, the first step with a budget.
-        stop: Integer, the first one without.
-        warmup: Integer, the steps over which it rises.
+        stop: Integer, the first step after it without one.
+        warmup: Integer, the number of steps over which it rises.
     """
 
     def __init__(self, budget, start, stop, warmup):
@@ -122,7 +121,7 @@ class Window(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def within(name, start, stop, steps, cost):
-    """LE-SAM with a budget in a part of the training, of `steps` steps."""
+    """Make LE-SAM with a budget in a part of a training of `steps` steps."""
 
     def wrap(net, setting):
         window = Window(
@@ -134,7 +133,7 @@ def within(name, start, stop, steps, cost):
 
 
 def cheaper(steps):
-    """Ways to pay less than a pass, for a training of `steps` steps."""
+    """List the cheaper methods, for a training of `steps` steps."""
 
     def look(every, net, setting, **options):
         return SAMModel(net, rules.LookSAM(every=every, **setting), **options)
@@ -142,8 +141,8 @@ def cheaper(steps):
     shares_and_rhos = _grid(alpha=(0.5, 0.7), rho=(0.1, 0.2, 0.4))
     large = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
     return [
-        # 12 of 50 rows: of 13, TensorFlow 2.21's oneDNN kernels cannot always
-        # make the gradient, in plain training either.
+        # 12 of 50 rows: with 13, TensorFlow 2.21's oneDNN kernels sometimes
+        # fail in the gradient, in plain training too.
         lesam("rows: a quarter", 1.25, ascent_fraction=0.24),
         lesam("steps: every 2nd", 1.4, ascent_every=2),
         lesam("steps: every 4th", 1.2, ascent_every=4),
@@ -157,8 +156,8 @@ def cheaper(steps):
             _grid(rho=_RHOS),
             cost=1.2,
         ),
-        # Came later, when validation accuracies had shown that a climb made
-        # more rarely has to be larger, and what LookSAM lacks.
+        # Added later, when validation accuracies had shown that rarer ascent
+        # steps need a larger radius, and LookSAM a warm-up.
         lesam(
             "steps: every 4th, cap 2", 1.2, large, rho_max=2.0, ascent_every=4
         ),
@@ -174,11 +173,11 @@ def cheaper(steps):
     ]
 
 
-# What a longer or a smaller start does where gradients are small at first.
+# Longer warm-ups and a smaller cap, for nets whose gradients start small.
 
 
 def start():
-    """LE-SAM and SAM with a longer warm-up, and LE-SAM with a smaller cap."""
+    """List LE-SAM and SAM with longer warm-up, LE-SAM with a smaller cap."""
 
     def warmed(net, setting):
         return SAMModel(net, rules.SAM(setting["rho"]), warmup=0.5, anneal=0.2)
@@ -191,14 +190,14 @@ def start():
     ]
 
 
-# What the gain comes from: at the budget and radius that were chosen.
+# Ablations, at the budget and radius that were chosen.
 
 
 def ablations(steps, sigma, rho, mean_rhos):
-    """Methods of one setting each.
+    """List the ablations: methods of one setting each.
 
     Args:
-        steps: Integer, of a training.
+        steps: Integer, number of steps of a training.
         sigma: Float, the budget that LE-SAM has chosen.
         rho: Float, the radius that SAM has chosen.
         mean_rhos: List of floats, LE-SAM's mean radius in each epoch.
@@ -234,5 +233,5 @@ def ablations(steps, sigma, rho, mean_rhos):
     ]
 
 
-# Which needs less tuning: two decades of both, in thirds of a decade.
+# The sweep of rho and sigma: two decades, in thirds of a decade.
 SWEEP = (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)

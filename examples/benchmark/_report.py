@@ -1,4 +1,4 @@
-"""What the results file shows: tables and pictures."""
+"""Tables and pictures of the results file."""
 
 import statistics
 
@@ -16,18 +16,18 @@ HEADER = (
     "rise",
     "died",
 )
-# In the sweep, a setting is good within so much of the best of both methods.
+# In the sweep, a setting is good if its accuracy is within this of the best.
 NEAR = 0.03
 
 
 def show(results, tasks, picture):
-    """Prints a table for each task, and draws what there is.
+    """Print a table for each task, and draw the pictures.
 
     Args:
         results: A `_results.Results`.
         tasks: List of `_tasks.Task`.
-        picture: `pathlib.Path` of the picture of accuracy against cost; that
-            of the sweep goes beside it.
+        picture: `pathlib.Path` of the picture of accuracy against cost; the
+            picture of the sweep is saved beside it.
     """
     shown = [t.name for t in tasks if methods_of(results, t.name)]
     print(f"\n{summary(results, shown)}")
@@ -47,7 +47,7 @@ def show(results, tasks, picture):
 
 
 def all_methods():
-    """All methods, in the order of the tables."""
+    """List all methods, in the order of the tables."""
     return [
         _methods.plain(adam=False),
         *_methods.METHODS,
@@ -58,13 +58,13 @@ def all_methods():
 
 
 def methods_of(results, task):
-    """Names of those with runs to report."""
+    """List the names of the methods with runs to report."""
     names = [method.name for method in all_methods()]
     return [name for name in names if results.finals(task, name)]
 
 
 def mean_and_interval(values):
-    """Mean and half of its 95% interval, by Student's t; nan for one value."""
+    """Return the mean and half its 95% interval by Student's t, or nan."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return values.mean(), np.nan
@@ -73,7 +73,7 @@ def mean_and_interval(values):
 
 
 def summary(results, tasks):
-    """The test accuracies of all tasks, side by side."""
+    """Make the table of the test accuracies of all tasks."""
     names = [_methods.PLAIN, *(method.name for method in _methods.METHODS)]
     rows = []
     for name in names:
@@ -86,9 +86,9 @@ def summary(results, tasks):
 
 
 def gains(results, task):
-    """What each cheaper way keeps of LE-SAM's gain over plain, by name.
+    """Compute the fraction of LE-SAM's gain of each cheaper way, by name.
 
-    For each seed the share of the mean gain, from the mean of plain.
+    For each seed: its gain over the mean of plain, divided by the mean gain.
     """
     names = (_methods.PLAIN, _methods.LESAM)
     plain, lesam = (accuracies(results, task, name) for name in names)
@@ -103,12 +103,12 @@ def gains(results, task):
 
 
 def accuracies(results, task, name):
-    """Test accuracies of all seeds."""
+    """List the test accuracies of all seeds."""
     return [line["test"] for line in results.finals(task, name).values()]
 
 
 def gain_table(results, tasks):
-    """Shares of the gain, and costs."""
+    """Make the table of the fractions of the gain, and costs."""
     by_task = {task: gains(results, task) for task in tasks}
     rows = []
     for name in dict.fromkeys(n for found in by_task.values() for n in found):
@@ -123,7 +123,7 @@ def gain_table(results, tasks):
 
 
 def row(results, task, method):
-    """Cells of the table for one method."""
+    """Make the cells of the table for one method."""
     runs = results.finals(task, method)
     sam = results.finals(task, _methods.SAM)
     paired = sorted(set(runs) & set(sam))
@@ -158,11 +158,11 @@ def markdown(header, rows):
 
 
 def sweep(results, task, method):
-    """Pairs of a budget and the test accuracies with it."""
+    """List pairs of a radius or budget and the test accuracies with it."""
     budget = {m.name: m.budget for m in _methods.METHODS}[method]
     found = []
     for value in _methods.SWEEP:
-        # As many seeds for all, though the chosen one may have more.
+        # The same seeds for all, though the chosen one may have more.
         runs = results.at(task, method, {budget: value})
         accuracies = [r["test"] for seed, r in runs.items() if seed < 3]
         if accuracies:
@@ -171,7 +171,7 @@ def sweep(results, task, method):
 
 
 def sweep_table(results, tasks):
-    """Means over the sweep, and how many of its settings are good."""
+    """Make the table of the sweep: means, and how many settings are good."""
     header = ["sweep", "", *(f"{value:g}" for value in _methods.SWEEP)]
     rows = []
     for task in tasks:
@@ -198,7 +198,7 @@ def sweep_table(results, tasks):
 
 
 def draw(results, tasks, picture, draw_task):
-    """A panel for each task, and one legend for all."""
+    """Draw a panel for each task, and one legend for all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -232,7 +232,7 @@ def draw(results, tasks, picture, draw_task):
 
 
 def styles():
-    """Marker and color by the name of a method; ten colors to a marker."""
+    """Choose marker and color of each method; ten colors to a marker."""
     from matplotlib import colormaps
 
     groups = [
@@ -254,7 +254,7 @@ def styles():
 
 
 def draw_costs(axis, results, task):
-    """Accuracy against cost; those that died in most runs are left out."""
+    """Draw accuracy against cost, without methods that mostly died."""
     shown = styles()
     lowest = []
     for name in methods_of(results, task):
@@ -280,7 +280,7 @@ def draw_costs(axis, results, task):
 
 
 def draw_sweep(axis, results, task):
-    """Accuracy against radius and budget, and the span of the seeds."""
+    """Draw accuracy against radius and budget, and the range of the seeds."""
     for name, color in [
         (_methods.SAM, "tab:blue"),
         (_methods.LESAM, "tab:red"),

@@ -1,4 +1,4 @@
-"""The file of finished runs, and what was chosen by them."""
+"""The file of finished runs, and the settings chosen by them."""
 
 import collections
 import json
@@ -6,18 +6,18 @@ import statistics
 
 import _methods
 
-# Settings are chosen with the first; the best of them again with the second.
+# All settings are tried with the first, the finalists again with the second.
 TUNING_SEEDS = (1000, 1001)
 FINALISTS = 3
-# In place of a seed, in the lines of what a method costs.
+# Stands for the seed in lines that hold the cost of a method.
 COST = "cost"
 
 
 class Results:
-    """Lines of a file, one for each finished run, and questions to them.
+    """Lines of a file, one for each finished run, and queries of them.
 
-    All questions are about the runs with the learning rate and weight decay
-    that plain training has chosen for the task.
+    All queries are about the runs with the learning rate and weight decay that
+    plain training has chosen for the task.
 
     Args:
         path: `pathlib.Path` of the file; it need not exist.
@@ -33,7 +33,7 @@ class Results:
         self.read()
 
     def _end_the_last_line(self):
-        """The last one of a benchmark that was killed may be half."""
+        """End the last line, which is cut if the benchmark was killed."""
         if self.path.exists():
             text = self.path.read_text()
             if text and not text.endswith("\n"):
@@ -41,32 +41,32 @@ class Results:
                     file.write("\n")
 
     def read(self):
-        """Reads the file again."""
+        """Read the file again."""
         self.lines.clear()
         text = self.path.read_text() if self.path.exists() else ""
         for line in text.splitlines():
-            # What is half is made again.
+            # A cut line is ignored, and its run repeated.
             try:
                 self.lines.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
 
     def add(self, line):
-        """Appends a line, in one piece: several processes do."""
+        """Append a line in one write, since several processes append."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def find(self, **key):
-        """The line with these entries, or `None`."""
+        """Return the line with these entries, or `None`."""
         for line in self.lines:
             if all(line.get(k) == v for k, v in key.items()):
                 return line
         return None
 
     def of_method(self, task, method):
-        """All lines of a method on a task."""
+        """List the lines of a method on a task."""
         found = [
             line
             for line in self.lines
@@ -78,7 +78,7 @@ class Results:
         return [line for line in found if line["base"] == base]
 
     def validation(self, task, method):
-        """Pairs of a setting and its validation accuracies, in tuning."""
+        """List pairs of a setting and its validation accuracies in tuning."""
         settings = {}
         accuracies = collections.defaultdict(list)
         for line in self.of_method(task, method):
@@ -89,13 +89,13 @@ class Results:
         return [(settings[key], accuracies[key]) for key in settings]
 
     def finalists(self, task, method):
-        """The settings that were best with the first tuning seed."""
+        """List the settings that were best with the first tuning seed."""
         tried = self.validation(task, method)
         tried.sort(key=lambda pair: pair[1][0], reverse=True)
         return [setting for setting, _ in tried[:FINALISTS]]
 
     def chosen(self, task, method):
-        """The finalist with the best validation accuracy, or `None`."""
+        """Return the finalist of the best validation accuracy, or `None`."""
         tried = self.validation(task, method)
         if tried:
             rounds = max(len(accuracies) for _, accuracies in tried)
@@ -107,11 +107,11 @@ class Results:
         return settings[0] if settings else None
 
     def finals(self, task, method):
-        """The runs to report, by seed: those at the chosen setting."""
+        """Return the runs to report, by seed: those at the chosen setting."""
         return self.at(task, method, self.chosen(task, method))
 
     def at(self, task, method, setting):
-        """The runs at a setting that are not tuning, by seed."""
+        """Return the runs at a setting, by seed, without those of tuning."""
         return {
             line["seed"]: line
             for line in self.of_method(task, method)
@@ -120,7 +120,7 @@ class Results:
         }
 
     def cost(self, task, method):
-        """Median of the paired ratios to plain training, or `None`."""
+        """Return the median of the ratios to plain training, or `None`."""
         if method == _methods.PLAIN:
             return 1.0
         setting = self.chosen(task, method)

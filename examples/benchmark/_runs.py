@@ -1,4 +1,4 @@
-"""One run: a task, a method, a setting and a seed to a line of results."""
+"""One run: from a task, method, setting and seed to a line of results."""
 
 import functools
 import math
@@ -13,19 +13,19 @@ import tensorflow as tf
 
 from keras_lesam import callbacks
 
-# The sample of the training data that curvature and sharpness are taken on,
-# and how far along the gradient the loss is looked at.
+# Rows of the training data for curvature and sharpness, and the distance along
+# the gradient at which the rise of the loss is measured.
 SAMPLE = 500
 DISTANCE = 0.1
-# How long plain training is to take where costs are compared.
+# Length of a block of plain training where costs are compared.
 BLOCK_SECONDS = 0.4
 
 
 class Bench:
-    """Trains on one task; models are built once and used again.
+    """Trains on one task; models are built once and reused.
 
-    What changes from run to run (weights, data, learning rate, rho or sigma)
-    does not trace a new graph.
+    New weights, data, learning rates, and values of rho or sigma do not trace
+    a new graph.
 
     Args:
         task: A `_tasks.Task`.
@@ -38,13 +38,13 @@ class Bench:
         self._models = {}
 
     def run(self, method, setting, base, seed, curvature=False):
-        """Trains once; a dict of what came of it.
+        """Train once; return the results as a dict.
 
         Args:
             method: A `_methods.Method`.
             setting: Dict, one of its settings.
             base: Dict, learning rate and weight decay.
-            seed: Integer, of split, wrong labels, initial weights, order.
+            seed: Integer, for split, wrong labels, initial weights, order.
             curvature: Whether to measure the top eigenvalue.
         """
         data = self._data(seed)
@@ -66,7 +66,7 @@ class Bench:
             "validation": self._accuracy(net, *data.validation),
             "train": round(history["accuracy"][-1], 4),
             "loss": round(history["loss"][-1], 5),
-            # Hardly better than chance.
+            # Little better than chance.
             "died": test < 1.5 / _common.CLASSES,
             **self._look_around(net, seed, data, curvature),
             **{
@@ -79,19 +79,19 @@ class Bench:
         }
 
     def cost(self, method, setting, base, pairs):
-        """Seconds of training over those of plain training, pair by pair.
+        """Measure the ratios of training time to plain training, in pairs.
 
-        Of the median epoch, where all epochs cost the same; a small step is
-        easily held up.
+        Where all epochs cost the same, of the median epoch, since other load
+        on the computer easily delays small steps.
         """
         plain = self._model(_methods.plain(self.task.adam), base, base)[1]
         model = self._model(method, setting, base)[1]
-        # Both trace.
+        # The first epoch of each includes tracing.
         seconds = self._seconds(plain, 2)[1]
         self._seconds(model, 1)
         epochs, of_block = self.task.epochs, math.fsum
         if method.budget:
-            # The first one of a block is left out.
+            # The first epoch of a block is left out.
             epochs = min(epochs, 1 + math.ceil(BLOCK_SECONDS / seconds))
             of_block = _median_of_later
 
@@ -101,7 +101,7 @@ class Bench:
         return [round(_ratio(block, plain, model, i), 3) for i in range(pairs)]
 
     def _seconds(self, model, epochs):
-        """Seconds of each epoch."""
+        """Measure the seconds of each epoch."""
         watch = _common.Stopwatch()
         batches = self._batches(self._data(0), 0)
         model.fit(batches, epochs=epochs, verbose=0, callbacks=[watch])
@@ -121,7 +121,7 @@ class Bench:
         )
 
     def _model(self, method, setting, base):
-        """The net and the model that trains it, compiled."""
+        """Return the net and the compiled model that trains it."""
         fixed = {k: v for k, v in setting.items() if k != method.budget}
         if method.name == _methods.PLAIN:
             fixed = {}
@@ -147,7 +147,7 @@ class Bench:
         return self.task.build(self._data(0).x.shape[1:])
 
     def _reset(self, net, model, seed):
-        """As new: other initial weights, and nothing remembered."""
+        """Reset to new initial weights, and all other state to zeros."""
         keras.utils.set_random_seed(seed)
         net.set_weights(self._net().get_weights())
         of_net = {id(v) for v in net.weights}
@@ -156,7 +156,7 @@ class Bench:
             variable.assign(keras.ops.zeros_like(variable))
 
     def _rate(self, base):
-        """A cosine from the learning rate to 0, epoch by epoch."""
+        """Make the callback of a cosine learning rate, epoch by epoch."""
 
         def rate(epoch):
             done = epoch / self.task.epochs
@@ -182,14 +182,14 @@ class Bench:
 
     @functools.cached_property
     def _probe(self):
-        """A net to look around of, always the same one."""
+        """The one net whose curvature and rise are measured."""
         probe = self._net()
         probe.compile(loss=_loss())
         return probe
 
     @functools.cached_property
     def _rise(self):
-        """How much the loss rises over `DISTANCE` along its gradient."""
+        """Function of the rise of the loss at `DISTANCE` along its gradient."""
         state = self._probe.non_trainable_variables
         loss = _loss()
 
@@ -215,7 +215,7 @@ class Bench:
 
     @functools.cache  # noqa: B019, as long as the bench
     def _watch(self, seed):
-        """Measures the Hessian of the probe on a seed's sample."""
+        """Make the callback that measures the Hessian of the probe."""
         data = self._data(seed)
         watch = callbacks.Curvature(
             *(data.x[:SAMPLE], data.y[:SAMPLE]),
@@ -229,7 +229,7 @@ class Bench:
 
 
 def _ratio(block, plain, model, i):
-    """Seconds of a block over plain's; they take turns at being first."""
+    """Measure the ratio of a block to a plain one; the order alternates."""
     if i % 2:
         after = block(model)
         return after / block(plain)

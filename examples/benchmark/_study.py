@@ -1,27 +1,27 @@
-"""All runs of one task, in units that can be made one beside the other."""
+"""All runs of one task, in units that can run in parallel."""
 
 import _methods
 import _results
 import _runs
 
-# Of so many seeds the minimum is looked at closely.
+# Number of seeds for which the top eigenvalue is measured.
 CURVATURE_SEEDS = 3
-# Of so many pairs of blocks a cost is the median.
+# A cost is the median of this number of pairs of blocks.
 PAIRS = 5
 SWEEP = "sweep: "
 
 
 class Study:
-    """The runs of a task; those that are there already are not made.
+    """The runs of a task; those in the results already are skipped.
 
-    A unit is all runs of one method. Those of one phase do not need each
-    other; they need those of the phases before.
+    A unit is all runs of one method. Units of one phase are independent of
+    each other; they need those of the phases before.
 
     Args:
         task: A `_tasks.Task`.
         results: A `_results.Results`.
-        quick: Whether to try one setting only, and to choose no other than
-            plain training's.
+        quick: Whether to use the first setting only, and to tune with one
+            run of plain training only.
     """
 
     PHASES = ("plain", "methods", "studies", "costs")
@@ -31,11 +31,11 @@ class Study:
         self.bench = _runs.Bench(task)
 
     def units(self, phase):
-        """Names of the methods of a phase."""
+        """List the names of the units of a phase."""
         return list(units(self.task, phase))
 
     def run(self, phase, name):
-        """Makes the runs of a unit; if quick, measures its cost at once."""
+        """Do the runs of a unit; if quick, measure its cost at once."""
         if phase == "costs":
             self.time(self.method(name))
         elif name.startswith(SWEEP):
@@ -67,20 +67,20 @@ class Study:
         yield from _methods.ablations(steps, sigma, rho, self.mean_rhos())
 
     def mean_rhos(self):
-        """LE-SAM's mean radius in each epoch, over the seeds."""
+        """List LE-SAM's mean radius in each epoch, over the seeds."""
         runs = self.results.finals(self.task.name, _methods.LESAM).values()
         rhos = [sum(r) / len(r) for r in zip(*(line["rho"] for line in runs))]
         return rhos or [0.0]
 
     def compare(self, method):
-        """Chooses a setting and trains with all seeds."""
+        """Choose a setting and train with all seeds."""
         settings = method.settings
         if self.quick and method.name != _methods.PLAIN:
             settings = settings[:1]
         if len(settings) > 1:
             self.tune(method, settings)
             settings = [self.results.chosen(self.task.name, method.name)]
-        # Eigenvalues take longer than a short training.
+        # In a short training, eigenvalues would take most of the time.
         close = (
             int(method.name == _methods.PLAIN)
             if self.quick
@@ -104,7 +104,7 @@ class Study:
                 self.train(method, {method.budget: budget}, seed)
 
     def train(self, method, setting, seed, curvature=False):
-        """Adds the line of a run, if it is not there."""
+        """Train and add the line of a run, unless it is there already."""
         key = self.key(method, setting, seed)
         if self.results.find(**key) is None:
             base = key.get("base", setting)
@@ -132,7 +132,7 @@ class Study:
 
 
 def units(task, phase):
-    """Names of the units of a phase."""
+    """List the names of the units of a phase of a task."""
     compared = [method.name for method in _methods.METHODS]
     studies = {
         "cheaper": [m.name for m in _methods.cheaper(1)],

@@ -1,8 +1,8 @@
 """The tasks: small sets of real pictures, in which generalisation shows.
 
 A task is data, a net and a length of training. Its test set is the same in
-all runs; what is left is split anew by each seed into pictures to train on and
-pictures to choose settings by, and the seed spoils the labels of the former.
+all runs. Each seed splits the other pictures anew into training and validation
+data, and makes some of the training labels wrong.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Data(NamedTuple):
-    """What a run sees; labels are right but for those to train on.
+    """The data of a run; only training labels may be wrong.
 
     Attributes:
         x: Float32 array of pictures to train on.
@@ -34,7 +34,7 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row of the benchmark.
+    """One task of the benchmark.
 
     Attributes:
         name: String.
@@ -45,14 +45,14 @@ class Task:
         validation: Integer, how many to choose settings by.
         epochs: Integer.
         batch_size: Integer.
-        noise: Float, the share of wrong labels.
-        imbalance: Float, how many times more pictures the most frequent class
-            has than the rarest; in between, geometrically.
+        noise: Float, the fraction of wrong labels.
+        imbalance: Float, ratio of the pictures of the most frequent class to
+            those of the rarest; geometric in between.
         adam: Whether the optimizer is AdamW, not SGD with momentum.
         seeds: Integer, how many runs to report.
-        studies: Names of what else to look at: "cheaper", "start",
-            "ablations", "sweep".
-        weight: Float, roughly the seconds of a plain run, for the time left.
+        studies: Names of further studies: "cheaper", "start", "ablations",
+            "sweep".
+        weight: Float, rough seconds of a plain run, for the time left.
     """
 
     name: str
@@ -70,14 +70,14 @@ class Task:
     weight: float = 1.0
 
     def data(self, seed):
-        """The `Data` of a seed."""
+        """Make the `Data` of a seed."""
         x, y, x_test, y_test = self.load()
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(x))
         chosen = order[: self.validation]
         rest = self._imbalanced(y, order[self.validation :])[: self.train]
         wrong = _common.mislabel(y[rest], self.noise, seed)
-        # Whole batches: no step of another shape.
+        # Whole batches: a step of another shape would be traced again.
         rows = len(rest) // self.batch_size * self.batch_size
         return Data(
             x[rest][:rows],
@@ -87,7 +87,7 @@ class Task:
         )
 
     def _imbalanced(self, y, order):
-        """Rows of `order`, fewer of each class than of the class before."""
+        """Keep rows of `order`, fewer of each class than of the one before."""
         if self.imbalance == 1:
             return order
         shares = self.imbalance ** (
@@ -103,14 +103,14 @@ class Task:
 
 @functools.cache
 def digits8():
-    """The 8 x 8 digits of scikit-learn: 1,297 in the pool, 500 to test."""
+    """Load the 8 x 8 digits of scikit-learn: a pool of 1,297, 500 to test."""
     found = _common.load_digits8(train=1297)
     return found.x_train, found.y_train, found.x_test, found.y_test
 
 
 @functools.cache
 def mnist14():
-    """5,000 digits of MNIST, halved to 14 x 14 by means; 1,500 to test."""
+    """Load 5,000 MNIST digits, averaged to 14 x 14 pixels; 1,500 to test."""
     found = _common.load_mnist5k(train=3500)
     halved = [
         x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4))
@@ -120,11 +120,11 @@ def mnist14():
 
 
 def cifar10(data_dir=None):
-    """CIFAR-10 from TensorFlow Datasets, pixels in [0, 1].
+    """Load CIFAR-10 from TensorFlow Datasets, pixels in [0, 1].
 
     Args:
-        data_dir: Folder of the prepared data, or `None`: where TensorFlow
-            Datasets keeps it, after a download.
+        data_dir: Folder of the prepared data, or `None` for the default one
+            of TensorFlow Datasets, after a download.
     """
     _common.require("tensorflow_datasets")
     import tensorflow_datasets as tfds
@@ -219,7 +219,7 @@ TASKS = [
 
 
 def cifar_tasks(data_dir):
-    """The tasks of real photographs, which take hours."""
+    """Make the tasks of real photographs, which take hours."""
     load = functools.cache(functools.partial(cifar10, data_dir))
     shared = {
         "load": load,

@@ -1,4 +1,4 @@
-"""The nets of `_nets.py` in PyTorch, with as many parameters."""
+"""The nets of `_nets.py` in PyTorch, with the same number of parameters."""
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def _convolution(before, filters, strides):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside the input, or a projection of it."""
+    """Two convolutions, added to the input or a projection of it."""
 
     def __init__(self, before, filters, strides):
         super().__init__()

@@ -2,7 +2,7 @@
 
 A trainee is `(epoch, parameters)`: a callable that trains for one epoch over
 the data of `speed.py` and returns its seconds, and the number of trainable
-parameters. Each library is imported where it is asked for.
+parameters. Each library is imported only when it is used.
 """
 
 import importlib
@@ -19,12 +19,12 @@ UNITS = 2048
 
 
 def keras_trainee(library, net, method, mode, data, batch_size):
-    """A net in Keras 3 or tf-keras, compiled, and `fit` for an epoch.
+    """Make a trainee of Keras 3 or tf-keras, trained by `fit`.
 
     Args:
         library: "keras_lesam" or "tf-keras".
         net: A key of `SHAPES`.
-        method: "plain", or one that `speed.METHODS` has for the library.
+        method: "plain", or one of `speed.METHODS` for the library.
         mode: "graph" or "XLA".
         data: Arrays of pictures and labels.
         batch_size: Integer.
@@ -109,7 +109,7 @@ _WRAPPERS = {
 
 
 def torch_trainee(library, net, method, mode, data, batch_size):
-    """A net in PyTorch, and the usual loop over batches.
+    """Make a trainee of PyTorch, trained by the usual loop over batches.
 
     Args:
         library: "pytorch_optimizer".
@@ -141,7 +141,7 @@ def torch_trainee(library, net, method, mode, data, batch_size):
 
 
 def _torch_step(module, method):
-    """Callable that takes what computes gradients, and updates."""
+    """Return the step: it takes the callable that computes gradients."""
     import torch
 
     options = {"lr": LEARNING_RATE, "momentum": MOMENTUM}

@@ -3,19 +3,20 @@
     python run.py                 about 85 minutes on two cores
     python run.py --quick         everything, too short to mean anything
     python run.py --cifar --data-dir ~/tensorflow_datasets
-    python run.py --report        the tables and pictures of what is there
+    python run.py --report        tables and pictures of the finished runs
 
-Every method chooses among six settings on a validation split that the test
-set never meets: all six with one seed, the best three again with another.
-Then it trains with other seeds (initial weights, order of the batches, split,
-wrong labels) at the chosen one. The tables have means of the test accuracy
-after the last epoch, their 95% intervals, and differences to SAM seed by seed.
+Every method chooses among six settings by a validation split, which has no
+picture of the test set: all six with one seed, the best three again with
+another. Then it trains at the chosen setting with other seeds (initial
+weights, order of the batches, split, wrong labels). The tables have means of
+the test accuracy after the last epoch, their 95% intervals, and differences to
+SAM seed by seed.
 
-Runs go on side by side, one in a process for each core, since such small nets
-gain nothing from several; costs are measured at the end, one by one (with
-`--quick` meanwhile, which is of no use but to see it run). Each finished run
-is a line of the results file. A benchmark that was stopped goes on where it
-was; delete lines to have them made again.
+Runs are parallel, one process for each core, since such small nets gain
+nothing from several cores; costs are measured at the end, one by one (with
+`--quick` in parallel to the runs, where they mean nothing). Each finished run
+is a line of the results file. A benchmark that was stopped resumes; delete
+lines to repeat their runs.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import pathlib
 import sys
 import threading
 
-# What all examples share is a folder up.
+# The modules that all examples share are one folder up.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import _common
@@ -51,7 +52,7 @@ def main(argv=None):
         with processes(args.jobs, threads, args.quick) as pool:
             for phase in phases:
                 run_phase(pool, phase, tasks, args, bar)
-        # Alone: a run beside it would be measured, too.
+        # One by one: parallel runs would slow each other down.
         with processes(1, 1, args.quick) as pool:
             run_phase(pool, costs, tasks, args, bar)
         bar.close()
@@ -65,15 +66,15 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--tasks", nargs="+", metavar="WORD", help="those with such a word")
+    add("--tasks", nargs="+", metavar="WORD", help="names that contain it")
     add("--methods", nargs="+", metavar="NAME", help="these beside plain")
     add("--cifar", action="store_true", help="the CIFAR-10 task, and no other")
     add("--data-dir", help="where TensorFlow Datasets has CIFAR-10")
     add("--results", type=pathlib.Path, help="the file of finished runs")
     add("--picture", type=pathlib.Path, help="where to draw the picture")
-    add("--report", action="store_true", help="train nothing")
+    add("--report", action="store_true", help="do not train")
     add("--quick", action="store_true", help="200 pictures, two epochs")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    add("--jobs", type=int, default=os.cpu_count(), help="parallel runs")
     args = parser.parse_args(argv)
     name = "quick" if args.quick else "cifar" if args.cifar else "results"
     args.results = args.results or HERE / f"{name}.jsonl"
@@ -94,7 +95,7 @@ def chosen_tasks(args):
 
 
 def chosen_units(phase, tasks, args):
-    """Pairs of a task's name and a method's."""
+    """List pairs of the name of a task and of a unit."""
     return [
         (task.name, name)
         for task in tasks
@@ -104,7 +105,7 @@ def chosen_units(phase, tasks, args):
 
 
 def processes(count, threads, quick):
-    """An executor of processes of so many threads each."""
+    """Make an executor of `count` processes of `threads` threads each."""
     return concurrent.futures.ProcessPoolExecutor(
         count,
         mp_context=multiprocessing.get_context("spawn"),
@@ -114,7 +115,7 @@ def processes(count, threads, quick):
 
 
 def run_phase(pool, phase, tasks, args, bar):
-    """Makes the runs of a phase, each unit in one of the processes."""
+    """Do the runs of a phase, each unit in one of the processes."""
     waiting = {
         pool.submit(run_unit, args, phase, *unit)
         for unit in chosen_units(phase, tasks, args)
@@ -131,13 +132,13 @@ def run_phase(pool, phase, tasks, args, bar):
 
 
 def prepare(threads, quick):
-    """Makes a new process one of few threads, which ends with its parent."""
+    """Limit the threads of a new process, and end it with its parent."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if quick:
-        # Optimizing a graph takes longer than a few steps with it.
+        # Optimizing a graph takes longer than it saves in a few steps.
         tf.config.optimizer.set_experimental_options(
             {"disable_meta_optimizer": True}
         )
@@ -156,7 +157,7 @@ def run_unit(args, phase, task, name):
 
 
 class Latest:
-    """The study that this process is at, and no other: graphs are large."""
+    """The current study of this process, the only one: graphs are large."""
 
     name = study = None
 
@@ -171,7 +172,7 @@ def study_of(name, args):
 
 
 class Bar:
-    """The share of the work that is done, and the time left for the rest."""
+    """A bar of the work that is done, and the time left for the rest."""
 
     def __init__(self, tasks, args):
         _common.require("tqdm")
@@ -188,7 +189,7 @@ class Bar:
         )
 
     def _done(self):
-        """Roughly the seconds of the runs that are there."""
+        """Estimate the seconds of the finished runs."""
         return sum(
             self.tasks[line["task"]].weight * relative_cost(line["method"])
             for line in _results.Results(self.args.results).lines
@@ -197,7 +198,7 @@ class Bar:
 
     def update(self, phase):
         done = self._done()
-        # What was tuned for another learning rate was made again.
+        # More than planned if runs of another learning rate are there.
         self._bar.total = max(self._bar.total, done)
         self._bar.n = done
         self._bar.set_postfix_str(phase)
@@ -208,7 +209,7 @@ class Bar:
 
 
 def work(task, args):
-    """Roughly the seconds of a task's runs."""
+    """Estimate the seconds of all runs of a task."""
     runs = 0.0
     for phase in ("plain", "methods", "studies"):
         for _, name in chosen_units(phase, [task], args):
@@ -227,7 +228,7 @@ def runs_of(name, task, quick):
 
 @functools.cache
 def relative_cost(name):
-    """Roughly the plain steps in a step of a method."""
+    """Return the rough cost of a step of a method, in plain steps."""
     name = name.removeprefix(_study.SWEEP)
     methods = [
         _methods.plain(adam=False),

@@ -1,19 +1,20 @@
-"""What does a step of SAM cost, beside other libraries that have one?
+"""What does a step of SAM cost, in this and in other libraries?
 
     python speed.py               about half an hour on two cores
     python speed.py --libraries keras_lesam tf-keras --nets dense
     python speed.py --quick       all rows, too short to mean anything
 
-Each library against its own plain step, on the same three nets: LE-SAM and
-SAM of keras_lesam in Keras 3, SAM of tf-keras, and SAM of pytorch_optimizer in
-PyTorch. Both are trained in one process, an epoch by turns, and neighbours are
-compared; two passes are a ratio of 2.
+Each library is compared with its own plain step, on the same three nets:
+LE-SAM and SAM of keras_lesam in Keras 3, SAM of tf-keras, and SAM of
+pytorch_optimizer in PyTorch. Plain training and the method take turns in one
+process, an epoch each, and neighbours are compared; two passes are a ratio of
+2.
 
 "first" is the seconds of the first epoch, tracing and compiling included, of
-plain training and of the method. "memory" is how much higher the peak of a
-process that trains by the method is than that of one that trains plainly
-(each its own, after the first epoch), in megabytes and in units of the size of
-the parameters: of a small net, those are small beside its activations.
+plain training and of the method. "memory" is the peak of a process that trains
+by the method less that of one that trains plainly (after the first epoch), in
+megabytes and in units of the size of the parameters, which in a small net is
+small beside that of the activations.
 
 Libraries that are not installed have a row that says so
 (`pip install tf_keras torch pytorch_optimizer`).
@@ -28,7 +29,7 @@ import statistics
 import subprocess
 import sys
 
-# What all examples share is a folder up.
+# The modules that all examples share are one folder up.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import _trainees
@@ -102,7 +103,7 @@ def parse_args(argv=None):
 
 
 def rows_of(args):
-    """Dicts of what a row measures; nets side by side."""
+    """Yield the arguments of each row as a dict, net by net."""
     for net in args.nets:
         for library in args.libraries:
             for mode in MODES[library]:
@@ -126,7 +127,7 @@ def with_progress(rows):
 
 
 def measured(row, args):
-    """Cells of a row."""
+    """Measure a row; return its cells."""
     names = [row[key] for key in ("library", "method", "net", "mode")]
     for module in MODULES[row["library"]]:
         if importlib.util.find_spec(module) is None:
@@ -153,7 +154,7 @@ PEAKS = {}
 
 
 def peak(args, row):
-    """Bytes; plain processes are asked once."""
+    """Return the peak memory in bytes; measure plain training only once."""
     key = tuple(row.values())
     if key not in PEAKS:
         PEAKS[key] = child(args, task="memory", **row)["peak"]
@@ -161,7 +162,7 @@ def peak(args, row):
 
 
 def child(args, **task):
-    """What `measure` gives in a process of its own."""
+    """Run `measure` in a process of its own; return its result."""
     task = {**task, "pairs": args.pairs, "steps": args.steps}
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(task)],
@@ -176,7 +177,7 @@ def child(args, **task):
 
 
 def measure(task, library, net, method, mode, pairs, steps):
-    """What one process measures, as a dict."""
+    """Measure time or memory in this process; return a dict."""
     rng = np.random.default_rng(0)
     shape = (steps * BATCH_SIZE, *_trainees.SHAPES[net])
     x = rng.uniform(size=shape).astype("float32")
@@ -202,16 +203,16 @@ def measure(task, library, net, method, mode, pairs, steps):
 
 
 def take_turns(plain, other, i):
-    """Seconds of an epoch of both; each is first every other time."""
+    """Measure the seconds of an epoch of both; the order alternates."""
     if i % 2:
         return tuple(reversed([other(), plain()]))
     return plain(), other()
 
 
 def peak_of(epoch):
-    """The most bytes a process had at once while it trained an epoch."""
+    """Measure the peak memory of this process while it trains an epoch."""
     epoch()
-    # From here on; what tracing and compiling took does not count.
+    # Resets the peak: tracing and compiling do not count.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     epoch()
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():

@@ -1,0 +1,114 @@
+"""Where in the training a step is: steps of a whole that `fit` knows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_lesam._state import scalar_variable
+from keras_lesam.budgets import Progress
+
+NO_LENGTH = (
+    "The budget's warm-up and annealing are shares of the whole training, and "
+    "how long it is only `fit` knows. Pass `total_steps` to the model, or set "
+    "warmup=0 and anneal=0. Received: total_steps=None"
+)
+_NO_STEPS = (
+    "The budget's warm-up and annealing are shares of the whole training, and "
+    "the number of steps in an epoch of this data is not known. Pass "
+    "`steps_per_epoch` to `fit`, or `total_steps` to the model, or set "
+    "warmup=0 and anneal=0. Received: {budget!r}, total_steps=None"
+)
+
+
+class TrainingProgress:
+    """Counts the steps of a training, as shares of the whole.
+
+    Steps are counted by `optimizer.iterations`: updates, where gradients are
+    accumulated. What changes between steps or fits is in variables, so that
+    none of it retraces the training step. None of it needs saving either:
+    `fit` says anew at each epoch where in the training it is.
+
+    Args:
+        total_steps: Steps of the whole training, or `None`: `begin_epoch`
+            says it.
+        dtype: Float dtype of the fraction.
+    """
+
+    def __init__(self, total_steps: int | None, dtype: Any) -> None:
+        self.total_steps = total_steps
+        self.knows_steps = False
+        self._dtype = dtype
+        self._start = scalar_variable(0, "int64", "training_start")
+        self._total = scalar_variable(
+            total_steps or 0, "int64", "training_total"
+        )
+
+    def require_steps(self, budget: Any) -> None:
+        """Raise `ValueError` if `fit` does not know the steps of an epoch."""
+        if not self.knows_steps:
+            raise ValueError(_NO_STEPS.format(budget=budget))
+
+    def begin_epoch(self, done: int, total: int, iterations: int) -> None:
+        """Place an epoch's start at `done` of `total` steps."""
+        self._start.assign(iterations - done)
+        self._total.assign(total)
+
+    def __call__(self, iterations: Any) -> Progress:
+        """Return the `Progress` of the step after so many iterations."""
+        iterations = tf.convert_to_tensor(iterations)
+        step = tf.cast(iterations, tf.int64) - self._start.value
+        fraction = tf.math.divide_no_nan(
+            tf.cast(step, self._dtype), tf.cast(self._total.value, self._dtype)
+        )
+        return Progress(iterations=iterations, fraction=fraction)
+
+
+class ScheduleProgress(keras.callbacks.Callback):
+    """Tells a `TrainingProgress` which part of the training `fit` is at.
+
+    Raises `ValueError` before the first step where `fit` does not know the
+    steps of an epoch.
+
+    Args:
+        progress: The `TrainingProgress`.
+        budget: Function that returns the budget as it is now.
+    """
+
+    def __init__(
+        self, progress: TrainingProgress, budget: Callable[[], Any]
+    ) -> None:
+        super().__init__()
+        self._progress = progress
+        self._budget = budget
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        del logs
+        self._progress.knows_steps = self.params.get("steps") is not None
+        if not self._budget().is_zero:
+            self._progress.require_steps(self._budget())
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        del logs
+        if self.params.get("steps") is None:
+            return
+        optimizer = self.model.optimizer
+        iterations = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        # Those are updates; with gradient accumulation one of several batches.
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        batches = optimizer.gradient_accumulation_steps or 1
+        done = epoch * self.params["steps"] // batches
+        total = max(1, self.params["epochs"] * self.params["steps"] // batches)
+        self._progress.begin_epoch(done, total, iterations)
+
+
+def with_callback(callbacks: Any, callback: Any, model: keras.Model) -> Any:
+    """Return the `callbacks` of `fit` with one more."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        # The caller has set it up already, and `fit` leaves it at that.
+        callback.set_model(model)
+        callback.set_params(callbacks.params)
+        callbacks.callbacks.append(callback)
+        return callbacks
+    return [*keras.tree.flatten(callbacks or []), callback]

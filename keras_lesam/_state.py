@@ -1,0 +1,204 @@
+"""The only owner of variables that a step leaves for the next.
+
+`StepState` owns what is learnt and therefore saved: the states of rule, budget,
+ascent and curvature estimator. `Numbers` owns what users assign between steps:
+hyperparameters, which are saved with the model's config.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_lesam._records import States
+from keras_lesam._strategy import Strategy
+
+# Components, in the order in which their states are made.
+COMPONENTS = ("budget", "curvature", "ascent", "rule")
+
+
+class StepState:
+    """The states of a model's steps, in variables with names.
+
+    A name is `rule.mean.3`: the component, what it calls the state, and the
+    position of the weight among the model's weights, whatever is frozen.
+
+    Args:
+        add_variable: Function `(value, name)` that makes a weight of the model.
+    """
+
+    def __init__(self, add_variable: Callable[[Any, str], Any]) -> None:
+        self._add_variable = add_variable
+        self._variables: dict[str, Any] = {}
+        # The names, in the structure of the states; `None` where there is none.
+        self._names: States = {}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables by name, in the order in which they were made."""
+        return dict(self._variables)
+
+    def build(self, initial: States, positions: list[int]) -> None:
+        """Make the variables that are missing.
+
+        Args:
+            initial: The states before the first step.
+            positions: Of the trainable variables among the model's weights,
+                which lists of a state run parallel to.
+        """
+
+        def make(name: str, value: Any) -> str | None:
+            if value is None:
+                return None
+            if name not in self._variables:
+                self._variables[name] = self._add_variable(value, name)
+            return name
+
+        self._names = _map_names(make, initial, positions)
+
+    def read(self) -> States:
+        """Return the states as tensors."""
+        return tf.nest.map_structure(
+            lambda name: (
+                None
+                if name is None
+                else tf.convert_to_tensor(self._variables[name].value)
+            ),
+            self._names,
+        )
+
+    def assign(self, states: States, before: States) -> None:
+        """Write the states of the next step; those that stay are not written.
+
+        Args:
+            states: What the step has returned.
+            before: What the step was given.
+
+        Raises:
+            ValueError: if the states are not of the structure of those before.
+        """
+        try:
+            tf.nest.assert_same_structure(self._names, states)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "`update` must return a state like the one it was given. "
+                f"Received: {states}, where the state is {self._names}"
+            ) from error
+        for name, value, old in zip(
+            *(tf.nest.flatten(nest) for nest in (self._names, states, before))
+        ):
+            if name is not None and value is not old:
+                self._variables[name].assign(value)
+
+    def save(self, store: Any) -> None:
+        """Write all values into a Keras store, by name."""
+        for name, variable in self._variables.items():
+            store[name] = keras.ops.convert_to_numpy(variable)
+
+    def load(self, store: Any) -> None:
+        """Read what a store has of this state; the rest stays as it is.
+
+        A file of another rule, or of none, has other names. Files of version
+        0.1 number the variables in the order in which they are made here.
+
+        Raises:
+            ValueError: if a value has another shape than its variable.
+        """
+        names = set(store.keys())
+        if names and all(name.isdecimal() for name in names):
+            if len(names) != len(self._variables):
+                return
+            pairs = list(zip(map(str, range(len(names))), self._variables))
+        else:
+            pairs = [(name, name) for name in self._variables if name in names]
+        for key, name in pairs:
+            value, variable = store[key], self._variables[name]
+            if tuple(value.shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"The state {name!r} in the file is that of another model. "
+                    f"Received: shape {tuple(value.shape)}, for a variable of "
+                    f"shape {tuple(variable.shape)}"
+                )
+            variable.assign(value)
+
+
+class Numbers:
+    """Hyperparameters that may change between steps without a new trace.
+
+    Args:
+        strategies: Dict from names of attributes ("rule", "budget") to those
+            whose `numbers` these are.
+        dtype: Float dtype of all.
+    """
+
+    def __init__(self, strategies: dict[str, Strategy], dtype: Any) -> None:
+        self._variables = {
+            owner: {
+                name: scalar_variable(value, dtype, name)
+                for name, value in strategy.numbers().items()
+            }
+            for owner, strategy in strategies.items()
+        }
+
+    def assign(self, owner: str, strategy: Strategy) -> None:
+        """Take over the numbers of a strategy that replaces another."""
+        for name, value in strategy.numbers().items():
+            self._variables[owner][name].assign(value)
+
+    def bind(self, owner: str, strategy: Any) -> Any:
+        """Return a strategy whose numbers are read from variables."""
+        return strategy.with_numbers(
+            {
+                name: tf.convert_to_tensor(variable.value)
+                for name, variable in self._variables[owner].items()
+            }
+        )
+
+
+def scalar_variable(value: Any, dtype: Any, name: str) -> keras.Variable:
+    """Make a number that may change between steps; it is not saved."""
+    return keras.Variable(
+        value,
+        dtype=dtype,
+        trainable=False,
+        autocast=False,
+        aggregation="only_first_replica",
+        name=name,
+    )
+
+
+def scalar_dtype(model: keras.Model) -> str:
+    """Return the dtype of norm, radius and budget: the weights', or float32."""
+    wide = "float64" in (
+        model.dtype_policy.variable_dtype,
+        keras.config.floatx(),
+    )
+    return "float64" if wide else "float32"
+
+
+def _map_names(
+    function: Callable[[str, Any], Any], states: States, positions: list[int]
+) -> States:
+    """Return `function(name, value)` in place of each value."""
+
+    def mapped(name: str, value: Any) -> Any:
+        if not isinstance(value, list):
+            return function(name, value)
+        if len(value) != len(positions):
+            raise ValueError(
+                f"The state {name!r} must be a tensor, or a list like the "
+                f"trainable variables. Received: a list of {len(value)}, for "
+                f"{len(positions)} variables"
+            )
+        return [
+            function(f"{name}.{i}", item) for i, item in zip(positions, value)
+        ]
+
+    return {
+        component: {
+            key: mapped(f"{component}.{key}", value)
+            for key, value in states[component].items()
+        }
+        for component in COMPONENTS
+    }

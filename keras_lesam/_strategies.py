@@ -1,0 +1,116 @@
+"""Rule, budget, ascent and curvature together: defaults and exclusions."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from keras_lesam import _checks
+from keras_lesam import ascents
+from keras_lesam import budgets
+from keras_lesam import estimators
+from keras_lesam import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategies:
+    """How a model trains: four immutable objects that go together.
+
+    Attributes:
+        rule: A `rules.Rule`.
+        budget: A `budgets.Budget` with an amount.
+        ascent: An `ascents.Ascent`.
+        estimator: An `estimators.CurvatureEstimator`.
+    """
+
+    rule: rules.Rule
+    budget: budgets.Budget
+    ascent: ascents.Ascent
+    estimator: estimators.CurvatureEstimator
+
+    @classmethod
+    def of(
+        cls, rule: Any, budget: Any, ascent: Any, curvature: Any
+    ) -> "Strategies":
+        """Check the arguments of a model, alone and together.
+
+        Args:
+            rule: A rule, or `None` for LE-SAM.
+            budget: A budget, a number or a schedule; `None`: the rule's own.
+            ascent: An ascent; `None`: what the rule asks for.
+            curvature: An estimator, or the name of one.
+        """
+        rule = rules.LossEquated() if rule is None else rule
+        _check_kind("rule", rule, rules.Rule, "rules.SAM(rho=0.05)")
+        ascent = ascents.FullBatch() if ascent is None else ascent
+        _check_kind("ascent", ascent, ascents.Ascent, "ascents.Every(4)")
+        strategies = cls(
+            rule=rule,
+            budget=_resolve_budget(rule, budget),
+            ascent=rule.default_ascent(ascent),
+            estimator=estimators.from_argument(curvature),
+        )
+        strategies._check_together()
+        return strategies
+
+    def _check_together(self) -> None:
+        self.ascent.check(self.rule, self.budget, self.estimator)
+        is_first_order = isinstance(self.estimator, estimators.FirstOrder)
+        if not is_first_order and not self.rule.uses_curvature:
+            raise ValueError(
+                "The radius of this rule does not go by the curvature: leave "
+                "`curvature` at 'none', or use rules.LossEquated. Received: "
+                f"curvature={self.estimator!r}, rule={self.rule!r}"
+            )
+        own = getattr(self.rule, "rho", None)
+        amount = budgets.amount_of(self.budget)
+        if own is not None and not _are_equal(own, amount):
+            raise ValueError(
+                "For this rule the budget is the radius, which is given twice: "
+                "leave one of them out, as in budgets.Constant(warmup=0.1), or "
+                f"give both the same. Received: rule={self.rule!r}, "
+                f"budget={self.budget!r}"
+            )
+
+
+def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(
+            f"`{name}` must be an object, not its class: make one, as in "
+            f"{example}. Received: {name}={value!r}"
+        )
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be one of keras_lesam.{name}s, such as {example}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
+    """Return a budget with an amount: its own, or that of the rule."""
+    if budget is None:
+        return rule.default_budget()
+    if not isinstance(budget, budgets.Budget):
+        return budgets.from_number("budget", budget, None, None, (0.0, 0.0))
+    if not isinstance(budget, budgets.Constant) or budget.sigma is not None:
+        return budget
+    amount = budgets.amount_of(rule.default_budget())
+    if _checks.is_schedule(amount):
+        raise ValueError(
+            "`rho` is a schedule, which is the whole budget over time: leave "
+            f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
+        )
+    return budget.replace(sigma=amount)
+
+
+def _are_equal(own: Any, amount: Any) -> bool:
+    """Return whether two numbers or schedules are the same.
+
+    True for a budget of another kind, which has no amount to compare.
+    """
+    if amount is None:
+        return True
+    if _checks.is_schedule(own) and _checks.is_schedule(amount):
+        serialize = keras.saving.serialize_keras_object
+        return bool(own is amount or serialize(own) == serialize(amount))
+    return bool(own == amount)

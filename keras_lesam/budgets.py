@@ -1,0 +1,283 @@
+"""Budgets: what the ascent of each step may spend.
+
+```
+from keras_lesam import SharpnessAwareModel, budgets, rules
+
+budget = budgets.Constant(0.1, warmup=0.1, anneal=0.2)
+model = SharpnessAwareModel(net, rules.LossEquated(), budget)
+```
+
+For LE-SAM it is a rise of the loss (loss units); for SAM and its relatives the
+radius (weight-space distance).
+
+| budget     | what a step may spend                                        |
+|------------|--------------------------------------------------------------|
+| `Constant` | a number, with a warm-up and annealing as shares of training |
+| `Schedule` | a `LearningRateSchedule` of the step                         |
+
+A budget of your own is a subclass of `Budget` with a `__call__`.
+"""
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_lesam import _checks
+from keras_lesam._strategy import Strategy
+
+__all__ = ["Budget", "Constant", "Losses", "Progress", "Schedule"]
+
+_register = keras.saving.register_keras_serializable(package="keras_lesam")
+
+
+class Progress(NamedTuple):
+    """Where in the training a step is.
+
+    Attributes:
+        iterations: Int64 scalar tensor, the optimizer's updates before.
+        fraction: Scalar tensor, the share of the whole training done; beyond 1
+            where training goes on. 0 where its length is not known: see
+            `Budget.needs_length`. Its dtype is that of all scalars of a step.
+    """
+
+    iterations: tf.Tensor
+    fraction: tf.Tensor
+
+
+class Losses(NamedTuple):
+    """What is known of the loss once the first pass of a step is made.
+
+    Attributes:
+        plain: Scalar tensor, the loss at the weights in loss units: of the rows
+            of the first pass, over all replicas where those take one
+            perturbation.
+    """
+
+    plain: tf.Tensor
+
+
+class Budget(Strategy):
+    """What the ascent of a step may spend.
+
+    Immutable; its methods are pure functions of tensors.
+
+    Example, half of the loss, and nothing in the first hundred steps:
+
+    >>> import keras, numpy as np, tensorflow as tf
+    >>> from keras_lesam import SharpnessAwareModel, budgets, rules
+    >>> @keras.saving.register_keras_serializable("mine")
+    ... class HalfOfTheLoss(budgets.Budget):
+    ...     def __call__(self, progress, losses, state):
+    ...         if losses is None:
+    ...             return None  # Ask again when the first pass is made.
+    ...         started = progress.iterations >= 100
+    ...         return tf.where(started, 0.5 * losses.plain, 0.0)
+    >>> net = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model = SharpnessAwareModel(net, rules.LossEquated(), HalfOfTheLoss())
+    >>> model.compile("sgd", "mse")
+    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    >>> history.history["sigma"]
+    [0.0]
+    """
+
+    def init_state(self) -> dict[str, Any]:
+        """Return the state before the first step, a dict of tensors."""
+        return {}
+
+    def __call__(
+        self, progress: Progress, losses: Losses | None, state: dict[str, Any]
+    ) -> tf.Tensor | None:
+        """Return what this step may spend.
+
+        Called before the first pass, with `losses=None`. A budget that goes by
+        the losses returns `None` there, and is called again once the first
+        pass is made. One that goes by time alone answers at once, so that a
+        step without a budget can leave out a pass.
+
+        Args:
+            progress: A `Progress`.
+            losses: The `Losses` of the step, or `None`.
+            state: What `update` returned in the step before.
+
+        Returns:
+            Scalar tensor of the dtype of `progress.fraction`, not negative; or
+            `None`, only where `losses` is.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `__call__`."
+        )
+
+    def update(self, losses: Losses, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the next step, from the losses of this one."""
+        del losses
+        return state
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether it goes by `Progress.fraction`.
+
+        Then `fit`, or `total_steps`, has to say how long the training is.
+        """
+        return False
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is no budget now, nor later: all steps are plain."""
+        return False
+
+
+@_register
+class Constant(Budget):
+    """The same budget throughout, with a warm-up and annealing.
+
+    Linear from 0 over the first `warmup` of the training, `sigma` in between,
+    and to 0 on a half cosine over the last `anneal`.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from keras_lesam import budgets
+    >>> budget = budgets.Constant(0.2, warmup=0.1, anneal=0.2)
+    >>> points = [budgets.Progress(0, tf.constant(done))
+    ...           for done in (0.0, 0.05, 0.5, 0.9)]
+    >>> [round(float(budget(point)), 3) for point in points]
+    [0.0, 0.1, 0.2, 0.1]
+
+    Args:
+        sigma: Float >= 0: loss units for LE-SAM, the radius for SAM. `None`:
+            the rule's own, which is its `rho`, or 0.1 for LE-SAM.
+        warmup: Float in [0, 1], a share of the whole training.
+        anneal: Float in [0, 1]. Together with `warmup` at most 1.
+
+    Raises:
+        TypeError: if an argument is no number.
+        ValueError: if one is out of range.
+    """
+
+    def __init__(
+        self,
+        sigma: float | None = None,
+        warmup: float = 0.0,
+        anneal: float = 0.0,
+    ) -> None:
+        if sigma is not None:
+            sigma = _checks.number("sigma", sigma, 0)
+        self.sigma = sigma
+        self.warmup = _checks.number("warmup", warmup, 0, 1)
+        self.anneal = _checks.number("anneal", anneal, 0, 1)
+        if self.warmup + self.anneal > 1 + 1e-9:
+            raise ValueError(
+                "`warmup` and `anneal` are shares of one training: together "
+                f"they must be at most 1. Received: warmup={self.warmup}, "
+                f"anneal={self.anneal}"
+            )
+
+    def numbers(self) -> dict[str, float]:
+        return {} if self.sigma is None else {"sigma": self.sigma}
+
+    def __call__(
+        self,
+        progress: Progress,
+        losses: Losses | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> tf.Tensor:
+        """Return the budget of a step, a scalar tensor."""
+        del losses, state
+        dtype = progress.fraction.dtype
+        if tf.is_tensor(self.sigma):
+            budget = tf.cast(self.sigma, dtype)
+        else:
+            budget = tf.constant(self.sigma, dtype)
+        if self.warmup:
+            begun = progress.fraction / self.warmup
+            budget *= tf.clip_by_value(begun, 0.0, 1.0)
+        if self.anneal:
+            # sin^2 of what remains, which is 0 at the end and not nearly 0:
+            # 0.5 (1 + cos(pi done)) is the same on paper.
+            remains = (1 - progress.fraction) / self.anneal
+            remains = tf.clip_by_value(remains, 0.0, 1.0)
+            budget *= tf.square(tf.sin(0.5 * math.pi * remains))
+        return budget
+
+    @property
+    def needs_length(self) -> bool:
+        return bool(self.warmup or self.anneal)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.sigma == 0
+
+
+@_register
+class Schedule(Budget):
+    """A budget by a schedule, from `optimizer.iterations` to a number.
+
+    Args:
+        schedule: A `keras.optimizers.schedules.LearningRateSchedule`. What is
+            below 0 counts as 0.
+
+    Raises:
+        TypeError: if it is no schedule.
+    """
+
+    def __init__(self, schedule: Any) -> None:
+        if not _checks.is_schedule(schedule):
+            raise TypeError(
+                "`schedule` must be a keras.optimizers.schedules."
+                f"LearningRateSchedule. Received: schedule={schedule!r}"
+            )
+        self.schedule = schedule
+
+    def __call__(
+        self,
+        progress: Progress,
+        losses: Losses | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> tf.Tensor:
+        """Return the budget of a step, a scalar tensor."""
+        del losses, state
+        budget = tf.cast(
+            self.schedule(progress.iterations), progress.fraction.dtype
+        )
+        return tf.maximum(budget, 0)
+
+
+def from_number(
+    name: str,
+    amount: Any,
+    warmup: float | None,
+    anneal: float | None,
+    defaults: tuple[float, float],
+) -> Budget:
+    """Make the budget of the keyword arguments of a model.
+
+    Args:
+        name: What the model calls the amount, for errors.
+        amount: A number, or a schedule, which says it all.
+        warmup: What was received; `None` for the default.
+        anneal: What was received; `None` for the default.
+        defaults: Those of `warmup` and `anneal`.
+    """
+    if _checks.is_schedule(amount):
+        if warmup is not None or anneal is not None:
+            raise ValueError(
+                f"`{name}` is a schedule, which is the whole budget over time: "
+                "leave `warmup` and `anneal` alone. "
+                f"Received: warmup={warmup!r}, anneal={anneal!r}"
+            )
+        return Schedule(amount)
+    return Constant(
+        _checks.number(name, amount, 0),
+        defaults[0] if warmup is None else warmup,
+        defaults[1] if anneal is None else anneal,
+    )
+
+
+def amount_of(budget: Budget) -> Any:
+    """Return the number or the schedule of a budget that has one, or `None`."""
+    if isinstance(budget, Constant):
+        return budget.sigma
+    return budget.schedule if isinstance(budget, Schedule) else None
