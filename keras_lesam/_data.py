@@ -73,14 +73,15 @@ def join_rows(nests: list[Any], weights: list[Any]) -> Any:
     """Concatenate nests of tensors, without those of weight 0."""
 
     def join(*tensors: tf.Tensor) -> tf.Tensor:
+        parts = [*tensors]
         if not isinstance(weights[0], float):
-            tensors = tuple(
+            parts = [
                 take_rows(t, 0, tf.where(weight > 0, count_rows(t), 0))
-                for t, weight in zip(tensors, weights)
-            )
-        if isinstance(tensors[0], tf.SparseTensor):
-            return tf.sparse.concat(0, tensors)
-        return tf.concat(tensors, 0)
+                for t, weight in zip(parts, weights)
+            ]
+        if isinstance(parts[0], tf.SparseTensor):
+            return tf.sparse.concat(0, parts)
+        return tf.concat(parts, 0)
 
     return keras.tree.map_structure(
         lambda *tensors: (

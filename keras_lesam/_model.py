@@ -5,12 +5,10 @@ from typing import Any
 
 import keras
 
-from keras_lesam import _workarounds
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
-from keras_lesam._delegation import signature_of
 from keras_lesam._facade import AscentArguments
 from keras_lesam._wrapper import SharpnessAwareModel
 
@@ -177,15 +175,6 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         )
         self._keep_ascent(ascent_from, ascent_fraction, ascent_every)
         self._curvature, self._hvp_method = curvature, hvp_method
-
-    @signature_of(keras.Model.compile)
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        if self._curvature == "hvp":
-            # What jit_compile="auto" goes by.
-            self.supports_jit = not _workarounds.has_max_pooling(self.model)
-        super().compile(*args, **kwargs)
-
-    compile.__doc__ = SharpnessAwareModel.compile.__doc__
 
     def get_config(self) -> dict[str, Any]:
         """Return all arguments of the constructor, serialized."""

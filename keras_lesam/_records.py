@@ -110,7 +110,8 @@ class FirstPass(NamedTuple):
             elsewhere.
         gradients: The same, of the loss; of the whole batch where all replicas
             take one perturbation.
-        losses: The `budgets.Losses` of the step.
+        losses: The `budgets.Losses` of the step; `None` if the budget does
+            not go by them.
         allowed: Scalar tensor, what the budget allows.
         budget: Scalar tensor, what this step may spend of it: 0 in a step
             without an ascent.
@@ -124,7 +125,7 @@ class FirstPass(NamedTuple):
     point: LossAndGradients
     scaled: Tensors
     gradients: Tensors
-    losses: Losses
+    losses: Losses | None
     allowed: tf.Tensor
     budget: tf.Tensor
     tape: Any

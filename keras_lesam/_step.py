@@ -175,10 +175,7 @@ def first_pass(
                 )
             ]
         )
-    loss = tf.cast(point.loss, context.dtype)
-    if context.is_global:
-        loss = _passes.mean_over_replicas(loss)
-    losses = Losses(plain=loss)
+    losses = _losses(context, inputs, point)
     allowed = _allowed(context, inputs, losses)
     return FirstPass(
         context=context,
@@ -248,7 +245,10 @@ def finish(
     states = dict(first.inputs.states)
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
-    states["budget"] = context.budget.update(first.losses, states["budget"])
+    if first.losses is not None:
+        states["budget"] = context.budget.update(
+            first.losses, states["budget"]
+        )
     if rise is not None:
         states["curvature"] = context.estimator.update(
             first, perturbation, rise, states["curvature"]
@@ -264,8 +264,20 @@ def finish(
     )
 
 
+def _losses(
+    context: StepContext, inputs: StepInputs, point: LossAndGradients
+) -> Losses | None:
+    """Return what the budget is told; `None` for one that goes by time."""
+    if inputs.budget is not None and not context.budget.learns:
+        return None
+    loss = tf.cast(point.loss, context.dtype)
+    if context.is_global:
+        loss = _passes.mean_over_replicas(loss)
+    return Losses(plain=loss)
+
+
 def _allowed(
-    context: StepContext, inputs: StepInputs, losses: Losses
+    context: StepContext, inputs: StepInputs, losses: Losses | None
 ) -> tf.Tensor:
     """Return the budget; ask once more if it goes by the losses."""
     if inputs.budget is not None:

@@ -191,6 +191,12 @@ class SharpnessAwareTrainer(DelegatingModel):
             raise ValueError(NO_LENGTH)
         _workarounds.refuse_rematerialized_layers(self.model)
         _passes.build(self, batch)
+        if not any(self._perturb_mask()):
+            raise ValueError(
+                "`perturb` selects none of the trainable variables. "
+                f"Received: perturb={self._perturb!r}, for variables "
+                f"{[v.path for v in self.trainable_variables]}"
+            )
         with tf.init_scope():
             self._build_state()
         self._strategies.estimator.check(self, batch)
@@ -238,19 +244,12 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
 
     def _perturb_mask(self) -> list[bool]:
-        variables = self.trainable_variables
-        mask = [
+        """Return which of the trainable variables are perturbed."""
+        return [
             _passes.is_weight(v)
             and (self._perturb is None or bool(self._perturb(v)))
-            for v in variables
+            for v in self.trainable_variables
         ]
-        if not any(mask):
-            raise ValueError(
-                "`perturb` selects none of the trainable variables. "
-                f"Received: perturb={self._perturb!r}, for variables "
-                f"{[v.path for v in variables]}"
-            )
-        return mask
 
     def save_own_variables(self, store: Any) -> None:
         """Save what steps have told the next, by name."""
@@ -348,6 +347,9 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
 
     @signature_of(keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:
+        # What jit_compile="auto" goes by.
+        estimator = self._strategies.estimator
+        self.supports_jit = estimator.supports_jit(self.model)
         super().compile(*args, **kwargs)
         self._built_for_training = False
         self._train_functions.clear()

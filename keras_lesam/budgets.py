@@ -116,6 +116,11 @@ class Budget(Strategy):
         return state
 
     @property
+    def learns(self) -> bool:
+        """Whether `update` looks at the losses; if not, it is not called."""
+        return type(self).update is not Budget.update
+
+    @property
     def needs_length(self) -> bool:
         """Whether it goes by `Progress.fraction`.
 

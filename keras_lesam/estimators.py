@@ -21,6 +21,7 @@ from keras_lesam import _checks
 from keras_lesam import _hessian
 from keras_lesam import _passes
 from keras_lesam import _vectors
+from keras_lesam import _workarounds
 from keras_lesam._data import Batch
 from keras_lesam._records import FirstPass
 from keras_lesam._rule import Perturbation
@@ -90,6 +91,14 @@ class CurvatureEstimator(Strategy):
 
         Called before the first step, with a compiled and built model.
         """
+
+    def supports_jit(self, model: keras.Model) -> bool:
+        """Return whether XLA would compile it rightly, as far as is known.
+
+        What `jit_compile="auto"` goes by, before there is any data.
+        """
+        del model
+        return True
 
     @property
     def needs_rise(self) -> bool:
@@ -171,6 +180,10 @@ class Exact(CurvatureEstimator):
                 first.tape, first.scaled, first.weights, direction
             )
         return _vectors.dot(direction, products, first.budget.dtype)
+
+    def supports_jit(self, model: keras.Model) -> bool:
+        """Return False for max pooling."""
+        return not _workarounds.has_max_pooling(model)
 
     def check(self, model: keras.Model, batch: Batch) -> None:
         """Refuse loops in forward mode, and max pooling under XLA."""

@@ -13,6 +13,7 @@ from keras import layers
 from keras_lesam import LESAMModel
 from keras_lesam import _hessian
 from keras_lesam import _passes
+from keras_lesam._data import Batch
 from keras_lesam.curvature import hessian_vector_product
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
@@ -161,7 +162,7 @@ def problem(kind):
 
 def gradient_function(net, x, y):
     """The gradient in training mode, as a function of one flat vector."""
-    batch = _passes.Batch(tf.constant(x), tf.constant(y), None)
+    batch = Batch(tf.constant(x), tf.constant(y), None)
     shapes = [v.shape for v in net.trainable_variables]
     sizes = [s.num_elements() for s in shapes]
 
@@ -171,7 +172,7 @@ def gradient_function(net, x, y):
             tf.reshape(part, shape)
             for part, shape in zip(tf.split(flat, sizes), shapes)
         ]
-        point = _passes.evaluate(net, weights, batch)
+        point = _passes.compute_loss_and_gradients(net, weights, batch)
         return flatten(point.gradients)
 
     return gradient

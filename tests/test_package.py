@@ -23,7 +23,8 @@ MODULES = ["keras_lesam"] + [
 
 # The modules that users call.
 WITH_EXAMPLES = (
-    *("_model", "_sam", "callbacks", "curvature", "landscape", "rules"),
+    *("_model", "_sam", "_wrapper", "callbacks", "curvature", "landscape"),
+    *("rules", "_rule", "budgets", "ascents", "_operator"),
 )
 
 
