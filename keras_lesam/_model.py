@@ -27,7 +27,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     the loss rises over it then depends on the gradient.
 
     ```
-    s       = ||T g||                      slope, logged as gradient_norm
+    s       = ||T g||                      ascent norm, logged as gradient_norm
     eps     = rho T^2 g / s                rho = min(sigma / s, rho_max)
     g_hat   = grad L(w + eps) - alpha g    what the optimizer applies
     ```
@@ -36,8 +36,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     regularizers, before any loss scaling. Random layers draw the same numbers
     in both passes; batch normalization statistics, seeds and metrics advance
     once, from the first. The weights themselves are never moved to `w + eps`.
-    Where the budget or the slope is 0, the step is a step of plain `fit`, at
-    the cost of one.
+    Where the budget or `s` is 0, the step is a step of plain `fit`, at the
+    cost of one.
 
     Example:
 
@@ -55,9 +55,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
 
     The logs of `fit` (never those of `evaluate`) have, as means over the
     steps of an epoch: `sigma`, the budget (loss units); `gradient_norm`, the
-    slope `s` (loss units per weight-space distance); `rho` (weight-space
-    distance); and `sharpness`, the rise `L(w + eps) - L(w)` that was reached
-    (loss units). With `sigma=0` nothing looks at the gradients, and
+    norm `s` of the ascent direction, which is that of the gradient of the
+    batch if it is neither adaptive nor by `ascent_from` (loss units per
+    weight-space distance); `rho` (weight-space distance); and `sharpness`, the
+    rise `L(w + eps) - L(w)` that was reached (loss units). With `sigma=0` nothing looks at the gradients, and
     `gradient_norm` is nan.
 
     Args:
@@ -83,11 +84,11 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             each `fit` is about to do: steps of an epoch times `epochs`. If
             you call `fit` in a loop, pass it: each call would warm up and
             anneal anew.
-        curvature: How `k`, the curvature along the climb, is taken into
-            account, for a budget met to second order: `"none"`, the paper's
-            first order; `"hvp"`, exactly, by a Hessian-vector product of each
-            batch; `"secant"`, at no extra pass, by a running mean of what the
-            steps before have shown (`ascent_fraction` must be 1).
+        curvature: How `k`, the curvature along the ascent direction, is taken
+            into account, for a budget met to second order: `"none"`, the
+            paper's first order; `"hvp"`, exactly, by a Hessian-vector product
+            of each batch; `"secant"`, at no extra pass, by a running mean of
+            what the steps before have shown (`ascent_fraction` must be 1).
         hvp_method: How `"hvp"` differentiates twice:
             `"reverse_over_reverse"`, which `"auto"` is, goes everywhere and
             makes no forward pass of its own; or `"forward_over_reverse"`,
@@ -106,20 +107,21 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             Becker et al. 2024), of which each step forgets a tenth. The loss
             and metrics logged are then those at `w + eps`, and batch
             normalization statistics are of there; sharpness is not logged;
-            `curvature` must be `"none"` and `alpha` 0. It keeps one weight
-            more for each that moves, which is saved with the model.
-        ascent_fraction: Float in (0, 1], the share of the rows of a batch (or
-            part of it) that finds `eps`; the step then costs 1 + share. The
-            loss and metrics logged are those of these rows; sharpness is not
-            logged.
-        ascent_every: Integer > 0. Only one step in so many climbs, those
-            where it divides `optimizer.iterations`; the others are plain
+            `curvature` must be `"none"` and `alpha` 0. Its state is one weight
+            more for each that is perturbed, saved with the model.
+        ascent_fraction: Float in (0, 1], the fraction of the rows of a batch
+            (or part of it) that finds `eps`; the step then costs 1 + fraction.
+            The loss and metrics logged are those of these rows; sharpness is
+            not logged.
+        ascent_every: Integer > 0. Only one step in so many has an ascent,
+            those where it divides `optimizer.iterations`; the others are plain
             steps of one pass. The logs are means over both.
         perturbation_scope: Under `tf.distribute`, `"replica"`: each replica
-            climbs on its own part of the batch, as with `num_batch_splits`,
-            and nothing more is communicated than in plain training; or
-            `"global"`: all climb as one device would on the whole batch, for
-            which the gradients of the first pass are summed over the replicas.
+            takes the perturbation of its own part of the batch, as with
+            `num_batch_splits`, and nothing more is communicated than in plain
+            training; or `"global"`: all take that of one device on the whole
+            batch, for which the gradients of the first pass are summed over
+            the replicas.
         perturb: Callable from a `keras.Variable` to bool: which weights are
             perturbed (the others have `T` = 0). `None`: all. To save the
             model, register it with `keras.saving`.

@@ -246,9 +246,7 @@ def finish(
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
     if first.losses is not None:
-        states["budget"] = context.budget.update(
-            first.losses, states["budget"]
-        )
+        states["budget"] = context.budget.update(first.losses, states["budget"])
     if rise is not None:
         states["curvature"] = context.estimator.update(
             first, perturbation, rise, states["curvature"]

@@ -1,0 +1,261 @@
+"""Sharpness-aware training of the model that a wrapper stands for.
+
+The `train_step`, what waits for a first batch, and what is saved of a step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_lesam import _checks
+from keras_lesam import _passes
+from keras_lesam import _workarounds
+from keras_lesam import rules
+from keras_lesam._data import Batch
+from keras_lesam._data import count_rows
+from keras_lesam._delegation import DelegatingModel
+from keras_lesam._progress import NO_LENGTH
+from keras_lesam._progress import TrainingProgress
+from keras_lesam._records import States
+from keras_lesam._records import Step
+from keras_lesam._records import StepContext
+from keras_lesam._records import StepInputs
+from keras_lesam._state import Numbers
+from keras_lesam._state import StepState
+from keras_lesam._state import scalar_dtype
+from keras_lesam._statistics import StepStatistics
+from keras_lesam._strategies import Strategies
+
+
+class SharpnessAwareTrainer(DelegatingModel):
+    """The training of a `SharpnessAwareModel`: steps, their state, their logs.
+
+    Args:
+        model: The `keras.Model` to train.
+        strategies: How: a `Strategies`.
+        logs: Names of the statistics in the logs.
+
+    The other arguments are those of `SharpnessAwareModel`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        strategies: Strategies,
+        logs: tuple[str, ...],
+        *,
+        total_steps: int | None,
+        num_batch_splits: int,
+        perturbation_scope: str,
+        perturb: Callable[[Any], bool] | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(model, name)
+        if total_steps is not None:
+            total_steps = _checks.integer("total_steps", total_steps, 1)
+        self._num_batch_splits = _checks.integer(
+            "num_batch_splits", num_batch_splits, 1
+        )
+        self._perturbation_scope = _checks.choice(
+            "perturbation_scope", perturbation_scope, ("replica", "global")
+        )
+        self._perturb = _check_perturb(perturb)
+        self._strategies = strategies
+        self._scalar_dtype = scalar_dtype(model)
+        self._numbers = Numbers(
+            {"rule": strategies.rule, "budget": strategies.budget},
+            self._scalar_dtype,
+        )
+        self._progress = TrainingProgress(total_steps, self._scalar_dtype)
+        knows_rise = strategies.ascent.knows_rise
+        self._statistics = StepStatistics(
+            [log for log in logs if log != "sharpness" or knows_rise]
+        )
+        self._state = StepState(self._add_state_variable)
+        self._train_functions: dict[bool, Any] = {}
+        self._built_for_training = False
+        self._is_fitting = False
+        self._is_evaluating = False
+        self._build_state()
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Take one step: gradients by the ascent, one update, logs."""
+        if self._is_plain:
+            return self._plain_train_step(data)
+        batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
+        self._build_for_training(batch)
+        context = self._step_context()
+        inputs = self._step_inputs(context)
+        gradients, states, statistics, logs = self._strategies.ascent.run(
+            context, batch, inputs, self._report
+        )
+        self._state.assign(states, inputs.states)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        self._statistics.update_state(statistics)
+        return _workarounds.reducible({**logs, **self._statistics.result()})
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all steps are plain ones."""
+        return self._strategies.budget.is_zero or (
+            self.built and not self.trainable_variables
+        )
+
+    def _plain_train_step(self, data: Any) -> dict[str, Any]:
+        """Take the stock step, to the last bit: nothing looks at its gradients.
+
+        A norm of the gradients, merely logged, would keep the graph optimizer
+        from fusing them with the update, and change how sums are rounded.
+        """
+        logs = super().train_step(data)
+        statistics = dict.fromkeys(self._statistics.names, 0.0)
+        self._statistics.update_state({**statistics, "gradient_norm": math.nan})
+        return _workarounds.reducible({**logs, **self._statistics.result()})
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Make one function for no budget at all, and one for the rest.
+
+        Each is traced once, whatever the budget is assigned in between.
+        """
+        if force:
+            self._train_functions.clear()
+        is_zero = self._strategies.budget.is_zero
+        self.train_function = self._train_functions.get(is_zero)
+        super().make_train_function(force)
+        self._train_functions[is_zero] = self.train_function
+
+    def _step_context(self) -> StepContext:
+        """Return what stays the same from step to step of a trace."""
+        strategies = self._strategies
+        is_global = (
+            self._perturbation_scope == "global" and _passes.replicas() > 1
+        )
+        return StepContext(
+            model=self,
+            rule=self._numbers.bind("rule", strategies.rule),
+            budget=self._numbers.bind("budget", strategies.budget),
+            estimator=strategies.estimator,
+            perturb_mask=self._perturb_mask(),
+            is_weight=[_passes.is_weight(v) for v in self.trainable_variables],
+            num_batch_splits=self._num_batch_splits,
+            is_global=is_global,
+            # Not where replicas have to meet on the way, which they cannot do
+            # in a branch.
+            use_cond=_workarounds.has_fast_conditionals(self)
+            and strategies.ascent.can_branch(is_global)
+            and not _workarounds.synchronizes_replicas(self.model),
+            dtype=tf.as_dtype(self._scalar_dtype),
+        )
+
+    def _step_inputs(self, context: StepContext) -> StepInputs:
+        """Return what this step is told."""
+        states = self._state.read()
+        progress = self._progress(self.optimizer.iterations)
+        budget = context.budget(progress, None, states["budget"])
+        if budget is not None:
+            budget = tf.cast(budget, context.dtype)
+        return StepInputs(progress, states, budget)
+
+    def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
+        """Commit model state and metrics; return what outlives a branch.
+
+        The states of the step are not committed: replicas may have to meet for
+        that, which they cannot do in a branch.
+        """
+        _passes.commit(step.model_state)
+        x, y, sample_weight = step.batch
+        loss = next(m for m in self.metrics if m.name == "loss")
+        loss.update_state(step.loss, sample_weight=count_rows(x))
+        logs = self.compute_metrics(x, y, step.outputs, sample_weight)
+        return step.gradients, step.states, step.statistics, logs
+
+    # What waits for a first batch.
+
+    def _build_for_training(self, batch: Batch) -> None:
+        if self._built_for_training:
+            return
+        if not (self._has_length or self._is_fitting):
+            raise ValueError(NO_LENGTH)
+        _workarounds.refuse_rematerialized_layers(self.model)
+        _passes.build(self, batch)
+        if not any(self._perturb_mask()):
+            raise ValueError(
+                "`perturb` selects none of the trainable variables. "
+                f"Received: perturb={self._perturb!r}, for variables "
+                f"{[v.path for v in self.trainable_variables]}"
+            )
+        with tf.init_scope():
+            self._build_state()
+        self._strategies.estimator.check(self, batch)
+        self._built_for_training = True
+
+    @property
+    def _has_length(self) -> bool:
+        """False where `fit` has to say how long the training is."""
+        return (
+            self._progress.total_steps is not None
+            or not self._strategies.budget.needs_length
+        )
+
+    def _build_state(self) -> None:
+        """Make the variables of the state, once the weights are there."""
+        if not self.model.built:
+            return
+        positions = {id(v): i for i, v in enumerate(self.model.weights)}
+        variables = self.trainable_variables
+        if variables:
+            weights = rules.Weights.of(variables, self._perturb_mask())
+            initial = {
+                "budget": self._strategies.budget.init_state(),
+                "curvature": self._strategies.estimator.init_state(
+                    self._scalar_dtype
+                ),
+                "ascent": self._strategies.ascent.init_state(weights),
+                "rule": self._strategies.rule.init_state(weights),
+            }
+            with _workarounds.unlocked(self):
+                self._state.build(
+                    initial, [positions[id(v)] for v in variables]
+                )
+
+    def _add_state_variable(self, value: Any, name: str) -> keras.Variable:
+        """Make a weight, one for all replicas: the mean of theirs."""
+        return self.add_weight(
+            shape=tuple(value.shape),
+            initializer=lambda shape, dtype: tf.cast(value, dtype),
+            dtype=value.dtype.name,
+            trainable=False,
+            autocast=False,
+            aggregation="mean",
+            name=name,
+        )
+
+    def _perturb_mask(self) -> list[bool]:
+        """Return which of the trainable variables are perturbed."""
+        return [
+            _passes.is_weight(v)
+            and (self._perturb is None or bool(self._perturb(v)))
+            for v in self.trainable_variables
+        ]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save what steps have told the next, by name."""
+        self._state.save(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load what steps have told the next; a file may have none of it."""
+        # The inner model may have been built since, by a first batch.
+        self._build_state()
+        self._state.load(store)
+
+
+def _check_perturb(perturb: Any) -> Any:
+    if perturb is not None and not callable(perturb):
+        raise TypeError(
+            "`perturb` must be a callable from a variable to bool, or "
+            f"None. Received: perturb={perturb!r}"
+        )
+    return perturb
