@@ -58,8 +58,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     norm `s` of the ascent direction, which is that of the gradient of the
     batch if it is neither adaptive nor by `ascent_from` (loss units per
     weight-space distance); `rho` (weight-space distance); and `sharpness`, the
-    rise `L(w + eps) - L(w)` that was reached (loss units). With `sigma=0` nothing looks at the gradients, and
-    `gradient_norm` is nan.
+    rise `L(w + eps) - L(w)` that was reached (loss units). With `sigma=0`
+    nothing looks at the gradients, and `gradient_norm` is nan.
 
     Args:
         model: A `keras.Model`: functional, sequential or subclassed, built or

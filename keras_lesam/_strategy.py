@@ -1,8 +1,8 @@
 """Base of rules, budgets, ascents and curvature estimators.
 
-All four are plans of a step: immutable objects that keep the arguments they
-were made with, and nothing else. What changes from step to step is state, which
-is passed to their methods and returned.
+All four are immutable objects that keep the arguments they were made with, and
+nothing else. What changes from step to step is state, which is passed to their
+methods and returned.
 """
 
 import copy

@@ -27,7 +27,7 @@ from keras_lesam._state import Numbers
 from keras_lesam._state import StepState
 from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
-from keras_lesam._strategies import Strategies
+from keras_lesam._plan import TrainingPlan
 
 
 class SharpnessAwareTrainer(DelegatingModel):
@@ -35,7 +35,7 @@ class SharpnessAwareTrainer(DelegatingModel):
 
     Args:
         model: The `keras.Model` to train.
-        strategies: How: a `Strategies`.
+        plan: How: a `TrainingPlan`.
         logs: Names of the statistics in the logs.
 
     The other arguments are those of `SharpnessAwareModel`.
@@ -44,7 +44,7 @@ class SharpnessAwareTrainer(DelegatingModel):
     def __init__(
         self,
         model: keras.Model,
-        strategies: Strategies,
+        plan: TrainingPlan,
         logs: tuple[str, ...],
         *,
         total_steps: int | None,
@@ -63,14 +63,14 @@ class SharpnessAwareTrainer(DelegatingModel):
             "perturbation_scope", perturbation_scope, ("replica", "global")
         )
         self._perturb = _check_perturb(perturb)
-        self._strategies = strategies
+        self._plan = plan
         self._scalar_dtype = scalar_dtype(model)
         self._numbers = Numbers(
-            {"rule": strategies.rule, "budget": strategies.budget},
+            {"rule": plan.rule, "budget": plan.budget},
             self._scalar_dtype,
         )
         self._progress = TrainingProgress(total_steps, self._scalar_dtype)
-        knows_rise = strategies.ascent.knows_rise
+        knows_rise = plan.ascent.knows_rise
         self._statistics = StepStatistics(
             [log for log in logs if log != "sharpness" or knows_rise]
         )
@@ -89,7 +89,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._build_for_training(batch)
         context = self._step_context()
         inputs = self._step_inputs(context)
-        gradients, states, statistics, logs = self._strategies.ascent.run(
+        gradients, states, statistics, logs = self._plan.ascent.run(
             context, batch, inputs, self._report
         )
         self._state.assign(states, inputs.states)
@@ -100,7 +100,7 @@ class SharpnessAwareTrainer(DelegatingModel):
     @property
     def _is_plain(self) -> bool:
         """Whether all steps are plain ones."""
-        return self._strategies.budget.is_zero or (
+        return self._plan.budget.is_zero or (
             self.built and not self.trainable_variables
         )
 
@@ -122,22 +122,22 @@ class SharpnessAwareTrainer(DelegatingModel):
         """
         if force:
             self._train_functions.clear()
-        is_zero = self._strategies.budget.is_zero
+        is_zero = self._plan.budget.is_zero
         self.train_function = self._train_functions.get(is_zero)
         super().make_train_function(force)
         self._train_functions[is_zero] = self.train_function
 
     def _step_context(self) -> StepContext:
         """Return what stays the same from step to step of a trace."""
-        strategies = self._strategies
+        plan = self._plan
         is_global = (
             self._perturbation_scope == "global" and _passes.replicas() > 1
         )
         return StepContext(
             model=self,
-            rule=self._numbers.bind("rule", strategies.rule),
-            budget=self._numbers.bind("budget", strategies.budget),
-            estimator=strategies.estimator,
+            rule=self._numbers.bind("rule", plan.rule),
+            budget=self._numbers.bind("budget", plan.budget),
+            estimator=plan.estimator,
             perturb_mask=self._perturb_mask(),
             is_weight=[_passes.is_weight(v) for v in self.trainable_variables],
             num_batch_splits=self._num_batch_splits,
@@ -145,7 +145,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             # Not where replicas have to meet on the way, which they cannot do
             # in a branch.
             use_cond=_workarounds.has_fast_conditionals(self)
-            and strategies.ascent.can_branch(is_global)
+            and plan.ascent.can_branch(is_global)
             and not _workarounds.synchronizes_replicas(self.model),
             dtype=tf.as_dtype(self._scalar_dtype),
         )
@@ -189,7 +189,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             )
         with tf.init_scope():
             self._build_state()
-        self._strategies.estimator.check(self, batch)
+        self._plan.estimator.check(self, batch)
         self._built_for_training = True
 
     @property
@@ -197,7 +197,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         """False where `fit` has to say how long the training is."""
         return (
             self._progress.total_steps is not None
-            or not self._strategies.budget.needs_length
+            or not self._plan.budget.needs_length
         )
 
     def _build_state(self) -> None:
@@ -209,12 +209,12 @@ class SharpnessAwareTrainer(DelegatingModel):
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
             initial = {
-                "budget": self._strategies.budget.init_state(),
-                "curvature": self._strategies.estimator.init_state(
+                "budget": self._plan.budget.init_state(),
+                "curvature": self._plan.estimator.init_state(
                     self._scalar_dtype
                 ),
-                "ascent": self._strategies.ascent.init_state(weights),
-                "rule": self._strategies.rule.init_state(weights),
+                "ascent": self._plan.ascent.init_state(weights),
+                "rule": self._plan.rule.init_state(weights),
             }
             with _workarounds.unlocked(self):
                 self._state.build(

@@ -18,7 +18,7 @@ from keras_lesam._delegation import signature_of
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import ScheduleProgress
 from keras_lesam._progress import with_callback
-from keras_lesam._strategies import Strategies
+from keras_lesam._plan import TrainingPlan
 from keras_lesam._trainer import SharpnessAwareTrainer
 
 
@@ -94,7 +94,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
     ) -> None:
         super().__init__(
             model,
-            Strategies.of(rule, budget, ascent, curvature),
+            TrainingPlan.of(rule, budget, ascent, curvature),
             self.LOGS,
             total_steps=total_steps,
             num_batch_splits=num_batch_splits,
@@ -108,7 +108,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
     @signature_of(keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:
         # What jit_compile="auto" goes by.
-        estimator = self._strategies.estimator
+        estimator = self._plan.estimator
         self.supports_jit = estimator.supports_jit(self.model)
         super().compile(*args, **kwargs)
         self._built_for_training = False
@@ -186,7 +186,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             "rule": serialize(self.rule),
             "budget": serialize(self.budget),
             "ascent": serialize(self.ascent),
-            "curvature": serialize(self._strategies.estimator),
+            "curvature": serialize(self._plan.estimator),
             **self._common_config(),
         }
 
@@ -228,26 +228,26 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             self.make_train_function()
 
     def _set(self, **changes: Any) -> None:
-        """Replace strategies by others that differ in their numbers only."""
-        self._strategies = dataclasses.replace(self._strategies, **changes)
+        """Replace rule or budget by one that differs in its numbers only."""
+        self._plan = dataclasses.replace(self._plan, **changes)
         for owner, strategy in changes.items():
             self._numbers.assign(owner, strategy)
 
     @property
     def rule(self) -> rules.Rule:
-        return self._strategies.rule
+        return self._plan.rule
 
     @property
     def budget(self) -> budgets.Budget:
-        return self._strategies.budget
+        return self._plan.budget
 
     @property
     def ascent(self) -> ascents.Ascent:
-        return self._strategies.ascent
+        return self._plan.ascent
 
     @property
     def curvature(self) -> Any:
-        return self._strategies.estimator
+        return self._plan.estimator
 
     @property
     def total_steps(self) -> int | None:

@@ -5,6 +5,7 @@ import csv
 import keras
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import settings
@@ -14,6 +15,7 @@ from keras import layers
 from keras_lesam import LESAMModel
 from keras_lesam import _lanczos
 from keras_lesam.callbacks import Curvature
+from keras_lesam.curvature import HessianOperator
 from keras_lesam.curvature import spectral_density
 from keras_lesam.curvature import top_eigenvalues
 from keras_lesam.curvature import trace
@@ -169,6 +171,56 @@ def test_eigenvectors():
         flat = flatten(vector).numpy()
         np.testing.assert_allclose(np.linalg.norm(flat), 1)
         np.testing.assert_allclose(hessian @ flat, value * flat, atol=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_operator_is_the_dense_hessian():
+    net, x, y, hessian = classifier()
+    operator = HessianOperator(net, x, y, batch_size=16)
+    assert operator.size == len(hessian)
+    assert operator.shapes == [tuple(v.shape) for v in net.trainable_variables]
+    vector = np.random.default_rng(0).normal(size=operator.size)
+    np.testing.assert_allclose(operator(vector), hessian @ vector, atol=1e-6)
+    linear = operator.to_scipy()
+    assert linear.shape == hessian.shape
+    np.testing.assert_allclose(linear @ vector, hessian @ vector, atol=1e-6)
+    np.testing.assert_allclose(linear.T @ vector, hessian @ vector, atol=1e-6)
+    # What SciPy makes of it: the smallest eigenvalue, of either sign.
+    [least] = scipy.sparse.linalg.eigsh(
+        linear, 1, which="SA", return_eigenvectors=False
+    )
+    np.testing.assert_allclose(least, np.linalg.eigvalsh(hessian)[0], atol=1e-6)
+    pieces = operator.unflatten(vector)
+    np.testing.assert_array_equal(
+        np.concatenate([np.ravel(piece) for piece in pieces]), vector
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_operator_follows_the_weights():
+    net, x, y, _ = classifier()
+    operator = HessianOperator(net, x, y)
+    vector = np.ones(operator.size)
+    train(net, x, y)
+    np.testing.assert_allclose(
+        operator(vector), dense_hessian(net, x, y) @ vector, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_size": 0}, "`batch_size`.*batch_size=0"),
+        ({"method": "finite"}, "`method`.*'finite'"),
+        ({"variables": []}, "`variables` must be trainable"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_operator(options, match):
+    net = dense_net()
+    net.compile("sgd", crossentropy())
+    with pytest.raises(ValueError, match=match):
+        HessianOperator(net, *classification_data(rows=8), **options)
 
 
 @pytest.mark.usefixtures("float64")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_lesam import LESAMModel
+from keras_lesam._delegation import DelegatingModel
 from tests import reference
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
@@ -374,3 +375,75 @@ def test_metrics_of_a_model_compiled_before_are_not_ours():
     net.compile("sgd", crossentropy(), metrics=["accuracy", "mse"])
     history = train(constant_lesam(net), x, y, metrics=["accuracy"])
     assert set(history) == OURS | {"loss", "accuracy"}
+
+
+# The base by itself, without any SAM in it.
+
+
+@keras.saving.register_keras_serializable("tests")
+class Wrapped(DelegatingModel):
+    """Trains the inner model as that would train itself."""
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [keras.Model, SmoothLoss, OldSignature, OwnTracker, OwnMetrics],
+)
+def test_a_delegating_model_trains_as_the_inner_model_does(cls):
+    x, y = classification_data()
+    plain, net = functional(cls), functional(cls)
+    wrapper = Wrapped(net)
+    histories = [
+        train(model, x, y, metrics=["accuracy"]) for model in (plain, wrapper)
+    ]
+    assert_same_weights(net, plain)
+    assert histories[0] == histories[1]
+    for method in ("evaluate", "test_on_batch"):
+        results = [
+            getattr(model, method)(x, y, return_dict=True)
+            for model in (plain, wrapper)
+        ]
+        assert set(results[0]) == set(results[1])
+        for log, value in results[0].items():
+            np.testing.assert_allclose(results[1][log], value, rtol=1e-6)
+    np.testing.assert_array_equal(
+        plain.predict(x, verbose=0), wrapper.predict(x, verbose=0)
+    )
+
+
+def test_a_delegating_model_is_saved_around_its_inner_model(tmp_path):
+    x, y = classification_data()
+    wrapper = Wrapped(functional(SmoothLoss), name="stands_in")
+    train(wrapper, x, y, metrics=["accuracy"])
+    wrapper.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded, Wrapped)
+    assert isinstance(loaded.model, SmoothLoss)
+    assert loaded.name == "stands_in"
+    assert_same_weights(loaded, wrapper)
+    assert loaded.evaluate(x, y, verbose=0) == wrapper.evaluate(x, y, verbose=0)
+
+
+def test_a_delegating_model_has_the_precision_and_outputs_of_its_model():
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((6,))
+    outputs = [keras.layers.Dense(2, name=name)(inputs) for name in ("a", "b")]
+    net = keras.Model(inputs, outputs)
+    keras.config.set_dtype_policy("float32")
+    wrapper = Wrapped(net)
+    wrapper.compile("sgd", {"a": "mse", "b": "mse"})
+    assert wrapper.output_names == ["a", "b"]
+    assert isinstance(wrapper.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_a_delegating_model_refuses_what_it_cannot_stand_for():
+    class OwnStep(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    with pytest.raises(ValueError, match="overrides train_step"):
+        Wrapped(OwnStep())
+    with pytest.raises(TypeError, match=r"must be a keras.Model.*model=3"):
+        Wrapped(3)
+    with pytest.raises(ValueError, match="is a Wrapped already"):
+        LESAMModel(Wrapped(functional(keras.Model)))

@@ -55,6 +55,37 @@ def test_a_quadratic_is_a_parabola(batch_size):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("takes_training", [True, False])
+def test_a_loss_of_its_own_whether_or_not_it_takes_training(takes_training):
+    """And in inference mode, which the loss is told if it asks."""
+    told = []
+
+    class New(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+            told.append(training)
+            return keras.ops.mean(keras.ops.square(y - y_pred))
+
+    class Old(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None):
+            return keras.ops.mean(keras.ops.square(y - y_pred))
+
+    net = (New if takes_training else Old)(
+        [
+            keras.Input((1,)),
+            layers.Dense(1, use_bias=False, kernel_initializer="ones"),
+        ]
+    )
+    net.compile("sgd")
+    x = np.arange(1.0, 6.0, dtype="float32")[:, None]
+    told.clear()
+    losses = landscape.loss_along(
+        *(net, x, 3 * x),
+        **{"direction": [[[1.0]]], "distances": [0, 2], **QUIET},
+    )
+    np.testing.assert_allclose(losses, [4 * np.mean(x**2), 0.0], atol=1e-9)
+    assert told[-1:] == ([False] if takes_training else [])
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_plane_is_two_lines():
     net = keras.Sequential([keras.Input((2,)), layers.Dense(1)])

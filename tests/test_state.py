@@ -151,6 +151,8 @@ def unbuilt():
 def compiled(name):
     model = RULES[name]()
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), crossentropy())
+    # As BackupAndRestore asks for; the wrapper was made before.
+    model(classification_data(rows=1)[0])
     return model
 
 

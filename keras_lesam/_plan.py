@@ -13,7 +13,7 @@ from keras_lesam import rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Strategies:
+class TrainingPlan:
     """How a model trains: four immutable objects that go together.
 
     Attributes:
@@ -31,7 +31,7 @@ class Strategies:
     @classmethod
     def of(
         cls, rule: Any, budget: Any, ascent: Any, curvature: Any
-    ) -> "Strategies":
+    ) -> "TrainingPlan":
         """Check the arguments of a model, alone and together.
 
         Args:
@@ -44,14 +44,14 @@ class Strategies:
         _check_kind("rule", rule, rules.Rule, "rules.SAM(rho=0.05)")
         ascent = ascents.FullBatch() if ascent is None else ascent
         _check_kind("ascent", ascent, ascents.Ascent, "ascents.Every(4)")
-        strategies = cls(
+        plan = cls(
             rule=rule,
             budget=_resolve_budget(rule, budget),
             ascent=rule.default_ascent(ascent),
             estimator=estimators.from_argument(curvature),
         )
-        strategies._check_together()
-        return strategies
+        plan._check_together()
+        return plan
 
     def _check_together(self) -> None:
         self.ascent.check(self.rule, self.budget, self.estimator)
