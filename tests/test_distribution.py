@@ -10,6 +10,9 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from keras_lesam import SharpnessAwareModel
+from keras_lesam import budgets
+from keras_lesam import rules
 from keras_lesam.curvature import top_eigenvalues
 from tests.helpers import assert_close_weights
 from tests.helpers import classification_data
@@ -145,7 +148,7 @@ def test_the_two_scopes_differ():
 
 @pytest.mark.usefixtures("float64")
 def test_global_parts_are_parts_of_all_replicas():
-    """Two parts each in two replicas: two climbs of the whole."""
+    """Two parts each in two replicas: two perturbations of the whole."""
     x, y = classification_data(rows=64)
     # A replica has rows 0 to 7 of a batch, the other 8 to 15: a part of both
     # is rows 0 to 3 and 8 to 11.
@@ -161,9 +164,44 @@ def test_global_parts_are_parts_of_all_replicas():
     )
 
 
+class ShareOfTheLosses(budgets.Budget):
+    """Goes by the loss of the step, and by the mean of those before."""
+
+    def init_state(self):
+        return {"mean": tf.zeros((), tf.float64)}
+
+    def __call__(self, progress, losses, state):
+        return None if losses is None else 0.1 * losses.plain + state["mean"]
+
+    def update(self, losses, state):
+        return {"mean": 0.9 * state["mean"] + 0.01 * losses.plain}
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("scope", ["replica", "global"])
-def test_a_share_of_the_rows_finds_the_climb(scope):
+def test_a_budget_by_the_loss_is_that_of_who_takes_the_perturbation(scope):
+    """Of the whole batch, or of the replica's part; both have one state."""
+    x, y = classification_data(rows=64)
+
+    def trained(**options):
+        model = SharpnessAwareModel(
+            *(regularized_net(), rules.LossEquated(), ShareOfTheLosses()),
+            **options,
+        )
+        fit = {"shuffle": False, "batch_size": 16}
+        return model, train(
+            model, x, y, optimizer=OPTIMIZERS["momentum"](), **fit
+        )
+
+    with mirrored(2).scope():
+        found = trained(perturbation_scope=scope)
+    parts = 1 if scope == "global" else 2
+    assert_same_training(found, trained(num_batch_splits=parts), LOGS)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scope", ["replica", "global"])
+def test_a_fraction_of_the_rows_finds_the_perturbation(scope):
     data = (regularized_net, *classification_data(rows=64))
     options = {"ascent_fraction": 0.5}
     found = train_replicated(2, *data, perturbation_scope=scope, **options)
