@@ -17,6 +17,7 @@ from keras_lesam import rules
 from keras_lesam._data import Batch
 from keras_lesam._data import count_rows
 from keras_lesam._delegation import DelegatingModel
+from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import TrainingProgress
 from keras_lesam._records import States
@@ -27,7 +28,6 @@ from keras_lesam._state import Numbers
 from keras_lesam._state import StepState
 from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
-from keras_lesam._plan import TrainingPlan
 
 
 class SharpnessAwareTrainer(DelegatingModel):

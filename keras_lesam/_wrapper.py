@@ -15,10 +15,10 @@ from keras_lesam import budgets
 from keras_lesam import rules
 from keras_lesam._delegation import DelegatingModel
 from keras_lesam._delegation import signature_of
+from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import ScheduleProgress
 from keras_lesam._progress import with_callback
-from keras_lesam._plan import TrainingPlan
 from keras_lesam._trainer import SharpnessAwareTrainer
 
 
