@@ -18,6 +18,8 @@ import keras
 import tensorflow as tf
 
 from keras_lesam._data import Batch
+from keras_lesam._inspection import StockPass
+from keras_lesam._inspection import trace_stock_pass
 from keras_lesam._vectors import Tensors
 
 ModelState = Sequence[tuple[Any, Any]]
@@ -107,20 +109,34 @@ def compute_loss(
     )
 
 
-def build(model: keras.Model, batch: Batch) -> None:
+def build(model: keras.Model, batch: Batch) -> StockPass | None:
     """Create the variables that wait for a first batch; change no others.
 
-    Those of layers, losses, metrics and the optimizer. In a graph the pass
-    that does so is traced apart, and never run.
+    Those of layers, losses, metrics and the optimizer.
+
+    Returns:
+        The stock pass that was traced for it, and never run; `None` for a
+        model that only runs eagerly. With several replicas it is one of
+        inference: they cannot meet in a trace, to synchronize a layer or to
+        write state.
     """
-    if tf.executing_eagerly():
-        _touch(model, batch)
-    else:
+    stock = None
+    if replicas() > 1:
+        stock = trace_stock_pass(model, batch, compute_loss, training=False)
         trace = tf.function(lambda: _touch(model, batch), autograph=False)
         trace.get_concrete_function()
+    elif tf.executing_eagerly():
+        try:
+            stock = trace_stock_pass(model, batch, compute_loss)
+        except Exception:
+            # It may need values; if it is wrong, this says so.
+            _touch(model, batch)
+    else:
+        stock = trace_stock_pass(model, batch, compute_loss)
     if model.optimizer is not None and not model.optimizer.built:
         with tf.init_scope():
             model.optimizer.build(model.trainable_variables)
+    return stock
 
 
 def _touch(model: keras.Model, batch: Batch) -> None:

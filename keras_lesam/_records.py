@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam._data import Batch
+from keras_lesam._engines import Passes
 from keras_lesam._gradients import Gradients
 from keras_lesam._gradients import Scales
 from keras_lesam._passes import LossAndGradients
@@ -29,6 +30,7 @@ class StepContext(NamedTuple):
 
     Attributes:
         model: A compiled and built Keras model.
+        passes: The engine of passes that sees all of the model.
         rule: From gradients and budget to perturbation and update.
         budget: What the ascent of a step may spend.
         estimator: Where the curvature along the ascent comes from.
@@ -43,6 +45,7 @@ class StepContext(NamedTuple):
     """
 
     model: keras.Model
+    passes: Passes
     rule: "Rule"
     budget: Budget
     estimator: "CurvatureEstimator"
@@ -106,6 +109,8 @@ class FirstPass(NamedTuple):
         batch: The rows that were seen.
         weights: List of tensors, the point that it was made at.
         point: A `LossAndGradients`, of the scale of a pass.
+        sources: What gradients of the pass are taken by: `weights`, or the
+            variables themselves.
         scaled: Its gradients by the weights that are perturbed, dense, `None`
             elsewhere.
         gradients: The same, of the loss; of the whole batch where all replicas
@@ -116,6 +121,7 @@ class FirstPass(NamedTuple):
         budget: Scalar tensor, what this step may spend of it: 0 in a step
             without an ascent.
         tape: What the estimator has recorded, or `None`.
+        host_random: The state of Python's and NumPy's generators before it.
     """
 
     context: StepContext
@@ -123,12 +129,14 @@ class FirstPass(NamedTuple):
     batch: Batch
     weights: Tensors
     point: LossAndGradients
+    sources: list[Any]
     scaled: Tensors
     gradients: Tensors
     losses: Losses | None
     allowed: tf.Tensor
     budget: tf.Tensor
     tape: Any
+    host_random: Any
 
 
 class Step(NamedTuple):

@@ -7,9 +7,11 @@ to the model, and nothing here knows of `fit`.
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_lesam import _data
+from keras_lesam import _host_random
 from keras_lesam import _passes
 from keras_lesam import _vectors
 from keras_lesam import estimators
@@ -117,7 +119,7 @@ def memory_step(
     perturbation = context.rule.perturb(
         means, weights, budget, inputs.states["rule"]
     )
-    point = _passes.compute_loss_and_gradients(
+    point = context.passes.there(
         model, _moved(weights, perturbation), batch, inputs.model_state
     )
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
@@ -162,10 +164,10 @@ def first_pass(
     """Make the pass at the weights, and ask for the budget."""
     model = context.model
     weights = _passes.read(model.trainable_variables)
-    with context.estimator.recording(weights) as tape:
-        point = _passes.compute_loss_and_gradients(
-            model, weights, batch, inputs.model_state
-        )
+    sources = context.passes.sources(model, weights)
+    host_random = _host_random.get_state()
+    with context.estimator.recording(sources) as tape:
+        point = context.passes.here(model, weights, batch, inputs.model_state)
         # Inside, so that a tape sees it: rows that repeat are summed.
         scaled = _vectors.dense(
             [
@@ -181,14 +183,16 @@ def first_pass(
         context=context,
         inputs=inputs,
         batch=batch,
-        weights=weights,
+        weights=_after(model, weights, point),
         point=point,
+        sources=sources,
         scaled=scaled,
         gradients=context.scales().unscale(scaled),
         losses=losses,
         allowed=allowed,
         budget=inputs.spendable(allowed),
         tape=tape,
+        host_random=host_random,
     )
 
 
@@ -208,12 +212,13 @@ def second_pass(
     first: FirstPass, perturbation: Perturbation, batch: Batch
 ) -> LossAndGradients:
     """Make the pass at `w + eps`, from the same state as the first."""
-    return _passes.compute_loss_and_gradients(
-        first.context.model,
-        _moved(first.weights, perturbation),
-        batch,
-        first.inputs.model_state,
-    )
+    with _host_random.replaying(first.host_random):
+        return first.context.passes.there(
+            first.context.model,
+            _moved(first.weights, perturbation),
+            batch,
+            first.inputs.model_state,
+        )
 
 
 def select_gradients(first: FirstPass, point: LossAndGradients) -> Tensors:
@@ -323,6 +328,17 @@ def _is_up_to_the_rule(
     if first.inputs.gate is None:
         return has_ascended
     return has_ascended | ((first.allowed > 0) & ~first.inputs.gate)
+
+
+def _after(
+    model: keras.Model, weights: Tensors, point: LossAndGradients
+) -> Tensors:
+    """Return the weights after a pass, which the model may have assigned."""
+    assigned = {id(variable): value for variable, value in point.state}
+    return [
+        assigned.get(id(variable), weight)
+        for variable, weight in zip(model.trainable_variables, weights)
+    ]
 
 
 def _moved(weights: Tensors, perturbation: Perturbation) -> Tensors:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _engines
 from keras_lesam import _passes
 from keras_lesam import _workarounds
 from keras_lesam import rules
@@ -75,6 +76,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             [log for log in logs if log != "sharpness" or knows_rise]
         )
         self._state = StepState(self._add_state_variable)
+        self._passes: _engines.Passes = _engines.StatelessPasses()
         self._train_functions: dict[bool, Any] = {}
         self._built_for_training = False
         self._is_fitting = False
@@ -135,6 +137,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         return StepContext(
             model=self,
+            passes=self._passes,
             rule=self._numbers.bind("rule", plan.rule),
             budget=self._numbers.bind("budget", plan.budget),
             estimator=plan.estimator,
@@ -179,8 +182,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             return
         if not (self._has_length or self._is_fitting):
             raise ValueError(NO_LENGTH)
-        _workarounds.refuse_rematerialized_layers(self.model)
-        _passes.build(self, batch)
+        stock = _passes.build(self, batch)
         if not any(self._perturb_mask()):
             raise ValueError(
                 "`perturb` selects none of the trainable variables. "
@@ -189,6 +191,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             )
         with tf.init_scope():
             self._build_state()
+        self._passes = _engines.choose(self, stock, batch)
         self._plan.estimator.check(self, batch)
         self._built_for_training = True
 

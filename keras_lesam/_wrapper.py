@@ -125,10 +125,10 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
                 shares of a training of unknown length: the number of steps in
                 an epoch is unknown and `total_steps` was not given.
         """
-        stock = super().fit
+        stock = self._recovering(super().fit)
         if self._has_length:
             return stock(*args, **kwargs)
-        bound = inspect.signature(stock).bind(*args, **kwargs)
+        bound = inspect.signature(super().fit).bind(*args, **kwargs)
         bound.arguments["callbacks"] = with_callback(
             bound.arguments.get("callbacks"),
             ScheduleProgress(self._progress, lambda: self.budget),
@@ -150,7 +150,19 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
         """
         if not self._has_length:
             raise ValueError(NO_LENGTH)
-        return super().train_on_batch(*args, **kwargs)
+        return self._recovering(super().train_on_batch)(*args, **kwargs)
+
+    def _recovering(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `train` so that after an exception no weight is moved."""
+
+        def recovering(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException:
+                self._passes.recover()
+                raise
+
+        return recovering
 
     @signature_of(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

@@ -177,7 +177,7 @@ class Exact(CurvatureEstimator):
             )
         else:
             products = _hessian.differentiate(
-                first.tape, first.scaled, first.weights, direction
+                first.tape, first.scaled, first.sources, direction
             )
         return _vectors.dot(direction, products, first.budget.dtype)
 
