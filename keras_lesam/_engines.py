@@ -118,7 +118,8 @@ class InPlacePasses:
         # Before the weights are put back: it may compute the pass again.
         gradients = tape.gradient(scaled_loss, variables)
         return LossAndGradients(
-            loss=loss,
+            loss=tf.reduce_sum(loss),
+            logged_loss=loss,
             outputs=outputs,
             gradients=gradients,
             state=[*zip(self._touched, _passes.read(self._touched))],

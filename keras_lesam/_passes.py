@@ -31,6 +31,8 @@ class LossAndGradients(NamedTuple):
     Attributes:
         loss: Scalar tensor in loss units: what `fit` minimises, neither
             multiplied by a loss scale nor divided by the replicas.
+        logged_loss: What Keras logs: `loss`, or the losses of the rows of
+            which it is the sum.
         outputs: What the model returned.
         gradients: List of tensors, `tf.IndexedSlices` or `None`, parallel to
             the weights: gradients of `gradient_scale(optimizer)` times `loss`.
@@ -39,6 +41,7 @@ class LossAndGradients(NamedTuple):
     """
 
     loss: tf.Tensor
+    logged_loss: tf.Tensor
     outputs: Any
     gradients: Tensors
     state: list[tuple[Any, Any]]
@@ -61,7 +64,8 @@ def compute_loss_and_gradients(
             model, weights, batch, state
         )
     return LossAndGradients(
-        loss=loss,
+        loss=tf.reduce_sum(loss),
+        logged_loss=loss,
         outputs=outputs,
         gradients=tape.gradient(scaled_loss, weights),
         state=updates,
@@ -78,9 +82,10 @@ def forward(
     """Make the forward pass alone; see `compute_loss_and_gradients`.
 
     Returns:
-        `(scaled_loss, loss, outputs, state)`: what to differentiate, a scalar
-        tensor, `gradient_scale(optimizer)` times the loss; and loss, outputs
-        and state as in `LossAndGradients`.
+        `(scaled_loss, loss, outputs, state)`: what to differentiate, which is
+        `gradient_scale(optimizer)` times the loss; the logged loss, outputs
+        and state as in `LossAndGradients`. Losses without a reduction are
+        tensors of one number a row, whose sum is the loss, as in plain Keras.
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
     with _RecordingScope(mapping) as scope:

@@ -1,5 +1,6 @@
 """Where in the training a step is: steps of a whole that `fit` knows."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,28 @@ class ScheduleProgress(keras.callbacks.Callback):
         done = epoch * self.params["steps"] // batches
         total = max(1, self.params["epochs"] * self.params["steps"] // batches)
         self._progress.begin_epoch(done, total, iterations)
+
+
+def warn_of_early_stopping(callbacks: Any, budget: Any) -> None:
+    """Warn that shares of a training that ends early are of another length.
+
+    Args:
+        callbacks: Those of `fit`.
+        budget: The budget, which goes by the length of the training.
+    """
+    listed = getattr(callbacks, "callbacks", callbacks) or []
+    if budget.is_zero or not any(
+        isinstance(callback, keras.callbacks.EarlyStopping)
+        for callback in keras.tree.flatten(listed)
+    ):
+        return
+    warnings.warn(
+        "The budget's warm-up and annealing are shares of all the epochs of "
+        "this `fit`, which EarlyStopping may end long before: then the budget "
+        "stays small. Pass the steps that you expect as `total_steps`, or set "
+        f"warmup=0 and anneal=0. Received: {budget!r}",
+        stacklevel=3,
+    )
 
 
 def with_callback(callbacks: Any, callback: Any, model: keras.Model) -> Any:

@@ -146,7 +146,7 @@ class Step(NamedTuple):
         gradients: List like the weights, for `optimizer.apply_gradients` (of
             the scale of a pass); `None` where the loss has no gradient.
         batch: The rows that `loss` and `outputs` are of.
-        loss: Scalar tensor, the loss at the weights in loss units.
+        loss: The loss at the weights in loss units, as Keras logs it.
         outputs: The model's outputs at the weights.
         model_state: List of `(variable, tensor)` to commit.
         statistics: Dict of scalar tensors: `rho`, `gradient_norm`,

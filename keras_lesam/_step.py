@@ -127,7 +127,7 @@ def memory_step(
     return Step(
         gradients=point.gradients,
         batch=batch,
-        loss=point.loss,
+        loss=point.logged_loss,
         outputs=point.outputs,
         model_state=point.state,
         statistics=_statistics(perturbation, budget, None),
@@ -259,7 +259,7 @@ def finish(
     return Step(
         gradients=gradients,
         batch=first.batch,
-        loss=first.point.loss,
+        loss=first.point.logged_loss,
         outputs=first.point.outputs,
         model_state=first.point.state,
         statistics=_statistics(perturbation, first.budget, rise),
@@ -379,7 +379,7 @@ def _mean_step(
     return Step(
         gradients=gradients,
         batch=batch,
-        loss=_mean([s.loss for s in steps], weights),
+        loss=_mean([tf.reduce_mean(s.loss) for s in steps], weights),
         outputs=outputs,
         model_state=model_state,
         statistics={

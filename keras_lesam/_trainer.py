@@ -182,6 +182,7 @@ class SharpnessAwareTrainer(DelegatingModel):
             return
         if not (self._has_length or self._is_fitting):
             raise ValueError(NO_LENGTH)
+        self._refuse_stateful_parts()
         stock = _passes.build(self, batch)
         if not any(self._perturb_mask()):
             raise ValueError(
@@ -194,6 +195,24 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._passes = _engines.choose(self, stock, batch)
         self._plan.estimator.check(self, batch)
         self._built_for_training = True
+
+    def _refuse_stateful_parts(self) -> None:
+        """Raise `ValueError` for state that is one of each row of a batch."""
+        if self._num_batch_splits == 1 and self._plan.ascent.sees_all_rows:
+            return
+        stateful = [
+            layer.name
+            for layer in self.model._flatten_layers()
+            if getattr(layer, "stateful", False)
+        ]
+        if stateful:
+            raise ValueError(
+                "A stateful recurrent layer has a state of each row of a "
+                "batch, and cannot see parts of it: leave `num_batch_splits` "
+                f"and `ascent_fraction` at 1. Received: layers {stateful}, "
+                f"num_batch_splits={self._num_batch_splits}, "
+                f"{self._plan.ascent.keywords()}"
+            )
 
     @property
     def _has_length(self) -> bool:

@@ -18,6 +18,7 @@ from keras_lesam._delegation import signature_of
 from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import ScheduleProgress
+from keras_lesam._progress import warn_of_early_stopping
 from keras_lesam._progress import with_callback
 from keras_lesam._trainer import SharpnessAwareTrainer
 
@@ -129,8 +130,10 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
         if self._has_length:
             return stock(*args, **kwargs)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
+        callbacks = bound.arguments.get("callbacks")
+        warn_of_early_stopping(callbacks, self.budget)
         bound.arguments["callbacks"] = with_callback(
-            bound.arguments.get("callbacks"),
+            callbacks,
             ScheduleProgress(self._progress, lambda: self.budget),
             self,
         )
@@ -148,7 +151,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             ValueError: if `warmup` or `anneal` are not 0 and `total_steps`
                 was not given.
         """
-        if not self._has_length:
+        if not (self._has_length or self.budget.is_zero):
             raise ValueError(NO_LENGTH)
         return self._recovering(super().train_on_batch)(*args, **kwargs)
 

@@ -91,6 +91,11 @@ class Ascent(Strategy):
         return True
 
     @property
+    def sees_all_rows(self) -> bool:
+        """Whether each pass sees all rows of the batch."""
+        return True
+
+    @property
     def makes_plain_pass(self) -> bool:
         """Whether there is a pass at the weights, before the perturbation."""
         return True
@@ -202,6 +207,10 @@ class Fraction(Ascent):
 
     @property
     def knows_rise(self) -> bool:
+        return False
+
+    @property
+    def sees_all_rows(self) -> bool:
         return False
 
     def step(
@@ -383,6 +392,10 @@ class Every(Ascent):
     @property
     def knows_rise(self) -> bool:
         return self.ascent.knows_rise
+
+    @property
+    def sees_all_rows(self) -> bool:
+        return self.ascent.sees_all_rows
 
     @property
     def makes_plain_pass(self) -> bool:

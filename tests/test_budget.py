@@ -1,6 +1,7 @@
 """The budget at every step, for every kind of data and way to train."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -466,3 +467,44 @@ def test_a_budget_that_comes_too_late_for_an_unknown_length():
     assert model.sigma == 0.0
     model.sigma = 0.1
     assert_follows(fit(model, *arrays(), batch_size=BATCH, epochs=2), 8)
+
+
+# Trainings of another length than `fit` was told.
+
+
+def early_stopping():
+    return keras.callbacks.EarlyStopping("loss", patience=1)
+
+
+def test_early_stopping_is_told_what_to_pass():
+    """A warm-up of a training that ends long before it is said to."""
+    x, y = classification_data()
+    model = LESAMModel(dense_net())
+    model.compile("sgd", crossentropy())
+    with pytest.warns(UserWarning, match=r"EarlyStopping.*`total_steps`.*0\.1"):
+        model.fit(x, y, epochs=2, verbose=0, callbacks=[early_stopping()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"total_steps": 10}, {"warmup": 0, "anneal": 0}, {"sigma": 0.0}],
+    ids=str,
+)
+def test_early_stopping_of_a_known_length_is_not_warned_of(options):
+    x, y = classification_data()
+    model = LESAMModel(dense_net(), **options)
+    model.compile("sgd", crossentropy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(x, y, verbose=0, callbacks=early_stopping())
+
+
+def test_without_a_budget_a_batch_can_be_trained_on():
+    """And no longer once there is one whose length is not known."""
+    x, y = classification_data()
+    model = LESAMModel(dense_net(), sigma=0.0)
+    model.compile("sgd", crossentropy())
+    assert np.isfinite(model.train_on_batch(x, y)[0])
+    model.sigma = 0.1
+    with pytest.raises(ValueError, match="`total_steps`"):
+        model.train_on_batch(x, y)

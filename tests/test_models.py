@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_lesam import SAMModel
 from tests import reference
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
+from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
+from tests.helpers import dense_net
 from tests.helpers import train
 
 LAYERS = keras.layers
@@ -439,14 +442,15 @@ def test_without_trainable_weights_nothing_is_trained():
     assert np.isfinite(history["loss"][0])
 
 
-def test_layers_that_recompute_their_weights_are_refused():
-    with keras.RematScope(mode="full"):
-        net = sequential(LAYERS.Dense(4, name="inner"), shape=(5,))
-    before = net.get_weights()
-    with pytest.raises(ValueError, match=r"RematScope.*Received: .*'inner'"):
-        train(constant_lesam(net), numbers(5), labels())
-    for a, b in zip(before, net.get_weights()):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.filterwarnings("ignore:.*moves its weights in place")
+def test_layers_that_recompute_their_weights_train(float64):
+    def build():
+        with keras.RematScope(mode="full"):
+            inner = LAYERS.Dense(4, activation="tanh", name="inner")
+            return sequential(inner, shape=(5,))
+
+    net, twin = fit_both(build, numbers(5), labels())
+    assert_close_weights(net, twin, rtol=1e-5, atol=1e-7)
 
 
 def test_layers_that_recompute_only_activations_train(float64):
@@ -507,3 +511,73 @@ def test_outputs_that_depend_on_training():
     model = constant_lesam(Auxiliary())
     history = train(model, numbers(5).astype("float32"), labels())
     assert min(history["rho"]) > 0
+
+
+# Losses that are a vector over the rows: plain Keras minimises their sum.
+
+
+def no_reduction(net):
+    return net, keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="none"
+    )
+
+
+def own_vector(net):
+    class OwnVector(keras.Model):
+        def compute_loss(
+            self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+        ):
+            return keras.losses.sparse_categorical_crossentropy(
+                y, y_pred, from_logits=True
+            ) + sum(self.losses)
+
+    return OwnVector(net.inputs, net.outputs), None
+
+
+@pytest.mark.parametrize("vector", [no_reduction, own_vector])
+def test_the_sum_of_a_vector_of_losses_is_minimised(vector):
+    x, y = classification_data(rows=72)
+    nets, histories = [], []
+    for wrap in (lambda net: net, lambda net: SAMModel(net, rho=1e-30)):
+        net, loss = vector(dense_net())
+        model = wrap(net)
+        model.compile(keras.optimizers.SGD(0.01), loss)
+        histories.append(model.fit(x, y, epochs=2, verbose=0).history)
+        nets.append(net)
+    assert_close_weights(*nets, atol=1e-6)
+    np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"])
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_budget_of_a_vector_of_losses_is_that_of_their_sum():
+    """A batch of 8 rows: a budget of 0.8 is one of 0.1 for the mean."""
+    x, y = classification_data(rows=8)
+    mean, total = (
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction=reduction
+        )
+        for reduction in ("sum_over_batch_size", "none")
+    )
+    rhos = []
+    for loss, sigma in ((mean, 0.1), (total, 0.8)):
+        model = constant_lesam(dense_net(), sigma)
+        model.compile(keras.optimizers.SGD(0.0), loss)
+        rhos.append(model.fit(x, y, batch_size=8, verbose=0).history["rho"])
+    np.testing.assert_allclose(*rhos)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_batch_splits": 2}, {"ascent_fraction": 0.5}], ids=str
+)
+def test_parts_of_a_batch_are_not_for_stateful_layers(options):
+    net = keras.Sequential(
+        [
+            keras.Input(batch_shape=(8, 4, 3)),
+            keras.layers.LSTM(5, stateful=True, name="memory"),
+            keras.layers.Dense(1),
+        ]
+    )
+    model = SAMModel(net, rho=0.1, **options)
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"stateful.*\['memory'\]"):
+        model.fit(np.ones((8, 4, 3)), np.ones((8, 1)), batch_size=8, verbose=0)
