@@ -12,6 +12,7 @@ variables are what they were, and the state that it brought about is returned.
 import concurrent.futures
 import contextlib
 import warnings
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_lesam import _host_random
 from keras_lesam import _inspection
 from keras_lesam import _passes
 from keras_lesam._data import Batch
@@ -182,8 +184,15 @@ def choose(
         ValueError: if it is `InPlacePasses`, and there are several replicas.
     """
     if stock is None:
-        return StatelessPasses()
-    findings = _inspection.inspect(model, stock)
+        findings = _inspection.Findings(
+            hidden=[],
+            has_nested_state=False,
+            assigned=[],
+            closures=[*model.trainable_variables],
+            accessed=[*model.variables],
+        )
+    else:
+        findings = _inspection.inspect(model, stock)
     unseen = [*findings.hidden, *findings.assigned]
     has_unseen = bool(unseen or findings.has_nested_state)
     if not has_unseen and findings.closures:
@@ -244,20 +253,26 @@ def _wrong_gradients(
         return findings.closures
     engines = StatelessPasses(), InPlacePasses(model, _touched(model, findings))
 
-    @tf.function(autograph=False)
     def gradients(batch: Batch) -> list[Any]:
         weights = _passes.read(model.trainable_variables)
-        return [
-            engine.here(model, weights, batch).gradients for engine in engines
-        ]
+        state = _host_random.get_state()
+        found = []
+        for engine in engines:
+            with _host_random.replaying(state):
+                found.append(engine.here(model, weights, batch).gradients)
+        return found
 
-    def compare() -> list[bool]:
+    def compare(gradients: Callable[[Batch], list[Any]]) -> list[bool]:
         return [_are_close(a, b) for a, b in zip(*gradients(sample))]
 
     try:
-        # In a thread of its own, which is in no graph and under no tape.
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            are_close = executor.submit(compare).result()
+        if tf.executing_eagerly():
+            are_close = compare(gradients)
+        else:
+            # In a thread of its own, which is in no graph and under no tape.
+            traced = tf.function(gradients, autograph=False)
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                are_close = executor.submit(compare, traced).result()
     except (tf.errors.OpError, ValueError, TypeError):
         return findings.closures
     return [

@@ -183,6 +183,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         if not (self._has_length or self._is_fitting):
             raise ValueError(NO_LENGTH)
         self._refuse_stateful_parts()
+        if not tf.executing_eagerly():
+            _workarounds.refuse_rematerialized_layers(self.model)
         stock = _passes.build(self, batch)
         if not any(self._perturb_mask()):
             raise ValueError(

@@ -442,15 +442,31 @@ def test_without_trainable_weights_nothing_is_trained():
     assert np.isfinite(history["loss"][0])
 
 
-@pytest.mark.filterwarnings("ignore:.*moves its weights in place")
-def test_layers_that_recompute_their_weights_train(float64):
-    def build():
-        with keras.RematScope(mode="full"):
-            inner = LAYERS.Dense(4, activation="tanh", name="inner")
-            return sequential(inner, shape=(5,))
+def rematerialized():
+    keras.utils.set_random_seed(0)
+    with keras.RematScope(mode="full"):
+        inner = LAYERS.Dense(4, activation="tanh", name="inner")
+        return sequential(inner, shape=(5,))
 
-    net, twin = fit_both(build, numbers(5), labels())
-    assert_close_weights(net, twin, rtol=1e-5, atol=1e-7)
+
+def test_layers_that_recompute_their_weights_are_refused_in_graphs():
+    """Plain Keras cannot train them there."""
+    net = rematerialized()
+    before = net.get_weights()
+    with pytest.raises(ValueError, match=r"RematScope.*Received: .*'inner'"):
+        train(constant_lesam(net), numbers(5), labels())
+    for a, b in zip(before, net.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*moves its weights in place")
+def test_layers_that_recompute_their_weights_train_eagerly():
+    plain, net = rematerialized(), rematerialized()
+    train(plain, numbers(5), labels(), run_eagerly=True)
+    model = SAMModel(net, rho=1e-30)
+    train(model, numbers(5), labels(), run_eagerly=True)
+    assert model._passes.is_in_place
+    assert_close_weights(net, plain, atol=1e-6)
 
 
 def test_layers_that_recompute_only_activations_train(float64):
