@@ -52,15 +52,12 @@ def two_pass_step(
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
         second = second_pass(first, perturbation, batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
-        # Where the ascent ends at no loss at all, do not follow it.
+        gradients = select_gradients(first, second)
+        # Where the ascent ends at no loss or no gradient, do not follow it.
         return _passes.either(
             context.use_cond,
-            tf.math.is_finite(rise),
-            lambda: (
-                select_gradients(first, second),
-                perturbation.radius,
-                rise,
-            ),
+            tf.math.is_finite(rise) & _vectors.are_finite(gradients),
+            lambda: (gradients, perturbation.radius, rise),
             stay,
         )
 
@@ -86,18 +83,19 @@ def fraction_step(
     perturbation = perturb(first)
     # Even at radius 0: the gradient of the whole batch is still to come.
     second = second_pass(first, perturbation, batch)
-    radius = perturbation.radius
     gradients = select_gradients(first, second)
-    if context.use_cond:
-        # Where the ascent ends at no loss at all, the first rows must do.
-        gradients, radius = tf.cond(
-            tf.math.is_finite(second.loss),
-            lambda: (gradients, radius),
-            lambda: (
-                select_gradients(first, first.point),
-                tf.zeros_like(radius),
-            ),
-        )
+    is_usable = tf.math.is_finite(second.loss) & _vectors.are_finite(gradients)
+    stay = select_gradients(first, first.point)
+    if not context.use_cond:
+        # One choice for both: rows of an embedding are others in each.
+        gradients, stay = _vectors.dense(gradients), _vectors.dense(stay)
+    # Where the ascent ends at no loss or gradient, the first rows must do.
+    gradients, radius = _passes.either(
+        context.use_cond,
+        is_usable,
+        lambda: (gradients, perturbation.radius),
+        lambda: (stay, tf.zeros_like(perturbation.radius)),
+    )
     return finish(first, perturbation._replace(radius=radius), gradients)
 
 
@@ -124,6 +122,7 @@ def memory_step(
     )
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
+    point = _without_bad_gradients(context, point)
     return Step(
         gradients=point.gradients,
         batch=batch,
@@ -328,6 +327,34 @@ def _is_up_to_the_rule(
     if first.inputs.gate is None:
         return has_ascended
     return has_ascended | ((first.allowed > 0) & ~first.inputs.gate)
+
+
+def _without_bad_gradients(
+    context: StepContext, point: LossAndGradients
+) -> LossAndGradients:
+    """Return a point with gradients of 0 and no new state if one is not finite.
+
+    There is no pass at the weights to fall back on. A loss scale has to see
+    what overflows: its optimizer leaves the step out by itself.
+    """
+    if not isinstance(context.scales().whole, float):
+        return point
+    is_finite = _vectors.are_finite(point.gradients)
+    gradients = [
+        None if g is None else _or_zeros(g, is_finite) for g in point.gradients
+    ]
+    state = [
+        (variable, tf.where(is_finite, value, variable.value))
+        for variable, value in point.state
+    ]
+    return point._replace(gradients=gradients, state=state)
+
+
+def _or_zeros(gradient: Any, condition: tf.Tensor) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return _vectors.or_zero(gradient, condition)
+    values = _vectors.or_zero(gradient.values, condition)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _after(

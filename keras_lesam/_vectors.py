@@ -78,6 +78,18 @@ def times(factor: Any, tensor: tf.Tensor) -> tf.Tensor:
     return factor * tensor
 
 
+def are_finite(vector: Tensors) -> tf.Tensor:
+    """Return whether all numbers of a list are finite, in one pass over it.
+
+    A sum is not finite if one of its terms is not. `tf.IndexedSlices` are not
+    made dense for it.
+    """
+    values: Tensors = [getattr(v, "values", v) for v in vector if v is not None]
+    wide = [tf.cast(v, tf.float32) if v.dtype.size < 4 else v for v in values]
+    sums = [tf.math.is_finite(tf.reduce_sum(v)) for v in wide]
+    return tf.reduce_all(tf.stack(sums)) if sums else tf.constant(True)
+
+
 def or_zero(value: tf.Tensor, condition: tf.Tensor) -> tf.Tensor:
     """Return `value` where the condition holds and 0 elsewhere.
 
