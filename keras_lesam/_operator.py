@@ -263,10 +263,13 @@ def _choose(model: keras.Model, variables: list[Any] | None) -> list[bool]:
 
 def _check_inputs(model: keras.Model, x: Any) -> None:
     """Raise `ValueError` for a list that is not one of the model's inputs."""
-    # Only models that are built of layers know their inputs beforehand.
-    expected = len(keras.tree.flatten(getattr(model, "inputs", None) or []))
-    received = len(keras.tree.flatten(x))
-    if isinstance(x, list | tuple) and expected and received != expected:
+    # Only models that are built of layers know their inputs beforehand; in
+    # others the name may mean anything.
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    is_known = all(isinstance(tensor, keras.KerasTensor) for tensor in inputs)
+    expected, received = len(inputs), len(keras.tree.flatten(x))
+    is_wrong = inputs and is_known and received != expected
+    if is_wrong and isinstance(x, list | tuple):
         raise ValueError(
             "`x` must have one array for each input of the model; a list of "
             "rows is one array by `np.stack`, and targets are passed as `y`. "

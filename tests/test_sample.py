@@ -188,6 +188,47 @@ def test_a_loss_of_no_targets_needs_none():
     assert curvature.top_eigenvalues(net, X, **QUIET) > 0
 
 
+def test_inputs_may_be_the_name_of_something_else():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inputs = layers.Dense(3)
+            self.outputs = layers.Dense(4)
+
+        def call(self, x):
+            return self.outputs(self.inputs(x[0]) * self.inputs(x[1]))
+
+    net = Net()
+    net.compile("sgd", crossentropy())
+    assert np.isfinite(curvature.trace(net, [X, X], Y, **QUIET).value)
+
+
+def test_ragged_inputs():
+    lengths = np.arange(24) % 3 + 1
+    x = tf.RaggedTensor.from_row_lengths(np.arange(lengths.sum()) % 9, lengths)
+
+    class Bag(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = self.add_weight(shape=(9, 4))
+
+        def call(self, x):
+            rows = tf.ragged.map_flat_values(
+                lambda i: tf.gather(tf.convert_to_tensor(self.table), i), x
+            )
+            return tf.reduce_sum(rows, 1)
+
+    found = []
+    for batch_size in (5, 24):
+        keras.utils.set_random_seed(0)
+        net = Bag()
+        net.compile("sgd", crossentropy())
+        found.append(
+            curvature.top_eigenvalues(net, x, Y, batch_size=batch_size, **QUIET)
+        )
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 class Loader:
     """Like the DataLoader of PyTorch: a length, an iterator, lists."""
 
