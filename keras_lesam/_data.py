@@ -130,14 +130,14 @@ def to_batches(
     """
     if _is_nest(x):
         batches = _batches_of_arrays((x, y, sample_weight), batch_size)
-    elif y is None and sample_weight is None:
-        batches = _batches_of_dataset(x)
-    else:
+        return _refuse_empty(batches, x)
+    batches_of_x = _iterate(x)
+    if y is not None or sample_weight is not None:
         raise ValueError(
             "Where `x` is a dataset, `y` and `sample_weight` come from it: "
             f"leave them None. Received: x of {_type(x)}"
         )
-    return _refuse_empty(batches, x)
+    return _refuse_empty(_batches_of_dataset(batches_of_x, _type(x)), x)
 
 
 def row_fractions(batches: list[Batch]) -> list[float]:
@@ -172,9 +172,9 @@ def _batches_of_arrays(data: Any, batch_size: int) -> list[Batch]:
     ]
 
 
-def _batches_of_dataset(dataset: Any) -> list[Batch]:
+def _batches_of_dataset(dataset: Iterable[Any], name: str) -> list[Batch]:
     batches = []
-    for i, batch in enumerate(_iterate(dataset)):
+    for i, batch in enumerate(dataset):
         # Some datasets yield lists where `fit` takes tuples.
         data = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
         if not 1 <= len(data) <= 3:
@@ -186,8 +186,9 @@ def _batches_of_dataset(dataset: Any) -> list[Batch]:
             data += (None,) * (3 - len(data))
             batches.append(_tensors(_arrays(data)))
         except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"Batch {i} of the dataset `x`, {_type(dataset)}: {error}"
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"Batch {i} of the dataset `x` of {name}: {error}"
             ) from error
     return batches
 

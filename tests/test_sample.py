@@ -69,6 +69,7 @@ class NoLength(Endless):
 
 REFUSED = {
     "a generator": ({"x": batches(), "y": None}, "`x`.*generator"),
+    "a generator and targets": ({"x": batches()}, "`x`.*generator"),
     "an iterator": ({"x": iter([(X, Y)]), "y": None}, "`x`.*list_iterator"),
     "zip": ({"x": zip(X, Y), "y": None}, "`x`.*zip"),
     "a stream": ({"x": Endless(), "y": None}, "`x`.*Endless"),
