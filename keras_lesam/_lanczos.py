@@ -20,10 +20,17 @@ class Operator(Protocol):
 
     @property
     def progress(self) -> Any:
-        """Context manager inside of which products are counted."""
+        """Context manager inside of which products are counted.
+
+        Its `target` is set to how many there will be at most, or `None`.
+        """
 
     def __call__(self, vector: np.ndarray, /) -> np.ndarray:
         """Multiply by a vector of shape `(size,)`."""
+
+
+class _ZeroError(Exception):
+    """Raised inside of ARPACK, which has no answer for a zero matrix."""
 
 
 def largest(
@@ -46,12 +53,12 @@ def largest(
         Arrays `(k,)`, descending, and `(operator.size, k)`.
 
     Raises:
-        RuntimeError: if there was no convergence.
+        RuntimeError: if there was no convergence, or a product is not finite.
     """
     n = operator.size
     # SciPy's default for ARPACK's number of Lanczos vectors; it must exceed k.
     basis_size = max(2 * k + 1, 20)
-    with operator.progress:
+    with _counting(operator, n if basis_size >= n else None):
         if basis_size >= n:
             values, vectors = np.linalg.eigh(matrix(operator))
         else:
@@ -64,7 +71,7 @@ def largest(
 
 def matrix(operator: Operator) -> np.ndarray:
     """Compute the operator as a symmetrized array, by `size` products."""
-    columns = [operator(e) for e in np.eye(operator.size)]
+    columns = [_multiply(operator, e) for e in np.eye(operator.size)]
     dense = np.stack(columns, axis=1)
     return (dense + dense.T) / 2
 
@@ -79,12 +86,24 @@ def _arpack(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run SciPy's implicitly restarted Lanczos iteration."""
     n = operator.size
-    linear = scipy.sparse.linalg.LinearOperator(
-        (n, n), matvec=operator, dtype="float64"
-    )
+    scale = 0.0
+
+    def scaled(vector: np.ndarray) -> np.ndarray:
+        # ARPACK takes eigenvalues below 1e-11 for converged whatever they
+        # are. Its first product, of a random vector, tells how large they are.
+        nonlocal scale
+        product = _multiply(operator, vector)
+        if scale == 0:
+            scale = np.abs(product).max() / np.abs(vector).max()
+        if scale == 0:
+            raise _ZeroError
+        return product / scale
+
     try:
-        return scipy.sparse.linalg.eigsh(
-            linear,
+        values, vectors = scipy.sparse.linalg.eigsh(
+            scipy.sparse.linalg.LinearOperator(
+                (n, n), matvec=scaled, dtype="float64"
+            ),
             k,
             which="LA",
             tol=tolerance,
@@ -93,12 +112,16 @@ def _arpack(
             # Restarts; each makes one product per vector that it discards.
             maxiter=max(1, max_products // (basis_size - k)),
         )
-    except scipy.sparse.linalg.ArpackNoConvergence as error:
+    except _ZeroError:
+        return np.zeros(k), np.eye(n, k)
+    except scipy.sparse.linalg.ArpackError as error:
+        converged = len(getattr(error, "eigenvalues", ()))
         raise RuntimeError(
-            f"{len(error.eigenvalues)} of {k} eigenvalues have converged "
+            f"{converged} of {k} eigenvalues have converged "
             "within `max_products` products to `tolerance`; raise one of them."
             f" Received: max_products={max_products}, tolerance={tolerance}"
-        ) from error
+        ) from None
+    return values * scale, vectors
 
 
 def trace(
@@ -119,14 +142,17 @@ def trace(
 
     Returns:
         `(value, standard_error, samples)`.
+
+    Raises:
+        RuntimeError: if a product is not finite.
     """
     # The standard error of fewer samples is too noisy to stop by.
     min_samples = min(10, max_samples)
     samples: list[float] = []
-    with operator.progress:
+    with _counting(operator, max_samples):
         while len(samples) < max_samples:
             v = _signs(rng, operator.size)
-            samples.append(v @ operator(v))
+            samples.append(v @ _multiply(operator, v))
             if len(samples) < min_samples:
                 continue
             error = np.std(samples, ddof=1) / np.sqrt(len(samples))
@@ -152,9 +178,12 @@ def density(
 
     Returns:
         Arrays of the nodes, ascending, and of their weights, of sum 1.
+
+    Raises:
+        RuntimeError: if a product is not finite.
     """
     nodes, weights = [], []
-    with operator.progress:
+    with _counting(operator, probes * min(steps, operator.size)):
         for _ in range(probes):
             start = _signs(rng, operator.size)
             values, vectors = scipy.linalg.eigh_tridiagonal(
@@ -186,7 +215,7 @@ def tridiagonal(
     diagonal: list[Any] = []
     off_diagonal: list[Any] = []
     for i in range(steps):
-        product = operator(basis[i])
+        product = _multiply(operator, basis[i])
         diagonal.append(basis[i] @ product)
         previous = basis[: i + 1]
         # Twice is enough (Parlett, "The symmetric eigenvalue problem", 6.9).
@@ -199,6 +228,25 @@ def tridiagonal(
         off_diagonal.append(norm)
         basis[i + 1] = product / norm
     return np.array(diagonal), np.array(off_diagonal)
+
+
+def _multiply(operator: Operator, vector: np.ndarray) -> np.ndarray:
+    """Make a product, which must be finite."""
+    product = operator(vector)
+    if not np.all(np.isfinite(product)):
+        raise RuntimeError(
+            "The Hessian is not finite: a product with it has nan or infinite "
+            "entries. Look for them in the weights of the model and in the "
+            "data; if they and the loss are finite, the loss has no second "
+            "derivative here (a norm at 0, say), or overflows its dtype."
+        )
+    return product
+
+
+def _counting(operator: Operator, target: int | None) -> Any:
+    """Return the progress of an operator, told how many products to expect."""
+    operator.progress.target = target
+    return operator.progress
 
 
 def _signs(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The Hessian of a model over a fixed sample of data, as a linear operator."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -42,11 +44,15 @@ class HessianOperator:
         x: Inputs, a nest of arrays; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches `(x, y)` or
             `(x, y, sample_weight)`, which must have an end and fit into
-            memory.
+            memory; or anything else of a length that yields such batches
+            (a `DataLoader`).
         y: Targets, if `x` is arrays.
         sample_weight: Weights of the rows, if `x` is arrays.
-        batch_size: Integer > 0, rows of a batch, if `x` is arrays. With batch
-            normalization, the loss depends on it.
+        batch_size: Integer > 0, rows of a batch, if `x` is arrays. Large ones
+            make faster products and take more memory. With batch
+            normalization each batch is normalized by its own statistics:
+            pass what `fit` was given for the Hessian of the loss that it
+            minimised.
         variables: List of trainable variables, such as
             `layer.trainable_variables`: `H` is the block that belongs to
             them. `None`: all.
@@ -58,13 +64,15 @@ class HessianOperator:
         size: Integer, the number of weights.
         shapes: List of the shapes of the variables, whose elements a vector
             holds one after the other.
-        dtype: Of the products; vectors are float64 outside.
+        dtype: Of sums of products, the widest of the variables' and at least
+            float32; vectors are float64 outside.
 
     Raises:
-        TypeError: if `model` is not a Keras model.
+        TypeError: if `model` is not a Keras model, and for data that are not
+            arrays or a dataset, such as a generator.
         ValueError: if it is not compiled or has nothing to train, for data
-            without rows or without end, and for `variables` or a `method` that
-            do not fit the model.
+            without rows or without end, without targets that the loss needs,
+            and for `variables` or a `method` that do not fit the model.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class HessianOperator:
         y: Any = None,
         *,
         sample_weight: Any = None,
-        batch_size: int = 32,
+        batch_size: int = 256,
         variables: list[Any] | None = None,
         method: str = "auto",
         verbose: int = 0,
@@ -104,27 +112,46 @@ class HessianOperator:
         self.model = model
         prepare(model, batches[0])
         self._batches = batches
+        self._trainable = [*model.trainable_variables]
         self._is_chosen = _choose(model, variables)
         self._method = choose_method(model, batches[0], method)[0]
-        self.shapes = [
-            tuple(v.shape)
-            for v, is_chosen in zip(model.trainable_variables, self._is_chosen)
-            if is_chosen
-        ]
+        chosen = [*itertools.compress(self._trainable, self._is_chosen)]
+        self.shapes = [tuple(v.shape) for v in chosen]
         self.size = sum(int(np.prod(shape)) for shape in self.shapes)
-        self.dtype = model.trainable_variables[0].dtype
+        self.dtype = widest_dtype(chosen)
         self._fractions = row_fractions(batches)
         self._product = tf.function(self._product_of_batch, autograph=False)
         self.progress = _Bar(verbose)
 
     def __call__(self, vector: Any) -> np.ndarray:
-        """Return `H v`, a float64 array of shape `(size,)`."""
-        vector = tf.constant(np.ravel(vector), self.dtype)
+        """Return `H v`, a float64 array of shape `(size,)`.
+
+        Raises:
+            ValueError: if `v` is not of `size` elements.
+            RuntimeError: if the model has other trainable variables by now.
+        """
+        vector = np.ravel(vector)
+        if vector.size != self.size:
+            raise ValueError(
+                "`vector` must have one element for each weight. Received: "
+                f"{vector.size} elements, for {self.size} weights"
+            )
+        if not self.is_current():
+            raise RuntimeError(
+                "The trainable variables of the model are not those that the "
+                "HessianOperator was made for: make a new one."
+            )
+        vector = tf.constant(vector, self.dtype)
         total = tf.zeros((self.size,), self.dtype)
         for batch, fraction in zip(self._batches, self._fractions):
             total += fraction * self._product(vector, batch)
         self.progress.advance()
         return total.numpy().astype("float64")
+
+    def is_current(self) -> bool:
+        """Return whether the same variables are trainable as at the start."""
+        now = [id(v) for v in self.model.trainable_variables]
+        return now == [id(v) for v in self._trainable]
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Return it as a `scipy.sparse.linalg.LinearOperator`, symmetric."""
@@ -144,17 +171,18 @@ class HessianOperator:
         sizes = [int(np.prod(shape)) for shape in self.shapes]
         parts = iter(zip(tf.split(vector, sizes), self.shapes))
         vectors = [
-            tf.reshape(*next(parts)) if is_chosen else None
-            for is_chosen in self._is_chosen
+            tf.cast(tf.reshape(*next(parts)), w.dtype) if is_chosen else None
+            for w, is_chosen in zip(weights, self._is_chosen)
         ]
         scaled = _hessian.product(model, weights, batch, vectors, self._method)
         scale = _passes.gradient_scale(model.optimizer)
         products = [
-            tf.zeros_like(v) if p is None else p / tf.cast(scale, p.dtype)
+            tf.zeros_like(v) if p is None else p
             for p, v in zip(scaled, vectors)
             if v is not None
         ]
-        return tf.concat([tf.reshape(p, [-1]) for p in products], 0)
+        flat = [tf.cast(tf.reshape(p, [-1]), self.dtype) for p in products]
+        return tf.concat(flat, 0) / tf.cast(scale, self.dtype)
 
 
 def prepare(model: Any, batch: Batch) -> None:
@@ -162,7 +190,8 @@ def prepare(model: Any, batch: Batch) -> None:
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: if it is not compiled, or has nothing to train.
+        ValueError: if it is not compiled, or has nothing to train; or if the
+            batch lacks inputs of the model, or targets that its loss needs.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -175,12 +204,29 @@ def prepare(model: Any, batch: Batch) -> None:
             "`fit` minimises. The inner model of a LESAMModel is not; pass "
             f"the LESAMModel. Received: model={model.name!r}"
         )
-    _passes.build(model, batch)
+    _check_inputs(model, batch.x)
+    try:
+        _passes.build(model, batch)
+    except Exception as error:
+        # Without targets some losses do: there is nothing to ask them.
+        if batch.y is None and getattr(model, "loss", None) is not None:
+            raise ValueError(
+                "`y` is missing, or the dataset `x` yields no targets: the "
+                f"model was compiled with a loss of them. Received: y=None, "
+                f"for loss={model.loss!r}"
+            ) from error
+        raise
     if not model.trainable_variables:
         raise ValueError(
             "`model` has no trainable variables. "
             f"Received: model={model.name!r}"
         )
+
+
+def widest_dtype(variables: Sequence[Any]) -> str:
+    """Return the widest float type of variables, float32 at least."""
+    is_double = any(v.dtype == "float64" for v in variables)
+    return "float64" if is_double else "float32"
 
 
 def choose_method(
@@ -198,34 +244,62 @@ def _choose(model: keras.Model, variables: list[Any] | None) -> list[bool]:
     trainable = model.trainable_variables
     if variables is None:
         return [_passes.is_weight(v) for v in trainable]
+    if not isinstance(variables, list | tuple):
+        raise TypeError(
+            "`variables` must be a list of trainable variables, such as "
+            "`layer.trainable_variables`. Received: variables of type "
+            f"{type(variables).__name__}"
+        )
     wanted = {id(v) for v in variables}
     is_chosen = [id(v) in wanted for v in trainable]
     if not wanted or sum(is_chosen) != len(wanted):
         raise ValueError(
             "`variables` must be trainable variables of the model, at least "
-            f"one. Received: {[getattr(v, 'path', v) for v in variables]}"
+            "one. Received: "
+            f"{[getattr(v, 'path', type(v).__name__) for v in variables]}"
         )
     return is_chosen
 
 
+def _check_inputs(model: keras.Model, x: Any) -> None:
+    """Raise `ValueError` for a list that is not one of the model's inputs."""
+    # Only models that are built of layers know their inputs beforehand; in
+    # others the name may mean anything.
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    is_known = all(isinstance(tensor, keras.KerasTensor) for tensor in inputs)
+    expected, received = len(inputs), len(keras.tree.flatten(x))
+    is_wrong = inputs and is_known and received != expected
+    if is_wrong and isinstance(x, list | tuple):
+        raise ValueError(
+            "`x` must have one array for each input of the model; a list of "
+            "rows is one array by `np.stack`, and targets are passed as `y`. "
+            f"Received: {received} arrays in x, for {expected} inputs"
+        )
+
+
 class _Bar:
-    """Counts products on one line of the terminal, if it is wanted."""
+    """Counts products on one line of the terminal, if it is wanted.
+
+    Attributes:
+        target: Integer, how many there will be at most; `None`: not known.
+    """
 
     def __init__(self, verbose: int) -> None:
         self._verbose = verbose
+        self.target: int | None = None
         self._done = 0
         self._bar: Any = None
 
     def __enter__(self) -> "_Bar":
         self._done = 0
         self._bar = keras.utils.Progbar(
-            None, verbose=self._verbose, unit_name="product"
+            self.target, verbose=self._verbose, unit_name="product"
         )
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._bar.update(self._done, finalize=True)
-        self._bar = None
+        self._bar = self.target = None
 
     def advance(self) -> None:
         """Count one product; outside of the context nothing is shown."""

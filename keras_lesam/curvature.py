@@ -85,8 +85,10 @@ def hessian_vector_product(
         replicas, the same in all.
 
     Raises:
-        TypeError: if `model` is not a Keras model.
-        ValueError: if it is not compiled, if `vectors` do not fit its
+        TypeError: if `model` is not a Keras model, or if `x`, `y` or
+            `sample_weight` are not made of arrays or tensors.
+        ValueError: if it is not compiled, for a batch without rows or
+            without targets that the loss needs, if `vectors` do not fit its
             variables, or if `method` cannot differentiate it.
         tf.errors.InvalidArgumentError: if it is run under
             `jit_compile=True` for a model with max pooling, whose second
@@ -123,7 +125,7 @@ def top_eigenvalues(
     k: int = 1,
     *,
     sample_weight: Any = None,
-    batch_size: int = 32,
+    batch_size: int = 256,
     variables: list[Any] | None = None,
     tolerance: float = 1e-4,
     max_products: int = 1000,
@@ -152,13 +154,17 @@ def top_eigenvalues(
         x: Inputs, a nest of arrays; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches `(x, y)` or
             `(x, y, sample_weight)`, which must have an end and fit into
-            memory. `H` is that of the mean of the batches' losses, each
+            memory; or anything else of a length that yields such batches (a
+            `DataLoader`). `H` is that of the mean of the batches' losses, each
             weighed by its rows.
         y: Targets, if `x` is arrays.
         k: Integer > 0.
         sample_weight: Weights of the rows, if `x` is arrays.
-        batch_size: Integer > 0, rows of a batch, if `x` is arrays. With batch
-            normalization, the loss depends on it.
+        batch_size: Integer > 0, rows of a batch, if `x` is arrays. Large ones
+            make faster products and take more memory. With batch
+            normalization each batch is normalized by its own statistics:
+            pass what `fit` was given for the Hessian of the loss that it
+            minimised.
         variables: List of trainable variables, such as
             `layer.trainable_variables`: `H` is the block that belongs to
             them. `None`: all.
@@ -166,7 +172,7 @@ def top_eigenvalues(
             that of the machine.
         max_products: Integer > 0, about how many Hessian-vector products to
             make before giving up.
-        seed: Integer, of the vector to start from.
+        seed: Integer >= 0, of the vector to start from.
         method: That of `hessian_vector_product`.
         return_vectors: Whether to return the eigenvectors too.
         verbose: 0 or 1, whether to show how many products were made.
@@ -180,12 +186,15 @@ def top_eigenvalues(
 
     Raises:
         TypeError, ValueError: as `hessian_vector_product`; and for arguments
-            out of range or data without rows or without end.
-        RuntimeError: if it has not converged after `max_products`.
+            out of range, data that are not arrays or a dataset, without rows
+            or without end.
+        RuntimeError: if it has not converged after `max_products`, or if the
+            Hessian is not finite.
     """
     k = _checks.integer("k", k, 1)
     tolerance = _checks.number("tolerance", tolerance, 0)
     max_products = _checks.integer("max_products", max_products, 1)
+    seed = _checks.integer("seed", seed, 0)
     hessian = HessianOperator(
         model,
         x,
@@ -229,7 +238,7 @@ def trace(
     y: Any = None,
     *,
     sample_weight: Any = None,
-    batch_size: int = 32,
+    batch_size: int = 256,
     variables: list[Any] | None = None,
     tolerance: float = 0.05,
     max_samples: int = 200,
@@ -264,6 +273,7 @@ def trace(
 
     Raises:
         TypeError, ValueError: as `top_eigenvalues`.
+        RuntimeError: if the Hessian is not finite.
 
     References:
         Hutchinson, "A stochastic estimator of the trace of the influence
@@ -271,6 +281,7 @@ def trace(
     """
     tolerance = _checks.number("tolerance", tolerance, 0, above=True)
     max_samples = _checks.integer("max_samples", max_samples, 2)
+    seed = _checks.integer("seed", seed, 0)
     hessian = HessianOperator(
         model,
         x,
@@ -317,7 +328,7 @@ def spectral_density(
     y: Any = None,
     *,
     sample_weight: Any = None,
-    batch_size: int = 32,
+    batch_size: int = 256,
     variables: list[Any] | None = None,
     probes: int = 10,
     steps: int = 50,
@@ -352,6 +363,7 @@ def spectral_density(
 
     Raises:
         TypeError, ValueError: as `top_eigenvalues`.
+        RuntimeError: if the Hessian is not finite.
 
     References:
         Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos
@@ -361,6 +373,7 @@ def spectral_density(
     """
     probes = _checks.integer("probes", probes, 1)
     steps = _checks.integer("steps", steps, 1)
+    seed = _checks.integer("seed", seed, 0)
     hessian = HessianOperator(
         model,
         x,

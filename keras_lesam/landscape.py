@@ -6,6 +6,7 @@ dropout. The weights of the model are not written. The `plot_` functions need
 matplotlib: `pip install 'keras_lesam[landscape]'`.
 """
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _passes
+from keras_lesam import _pictures
 from keras_lesam._data import row_fractions
 from keras_lesam._data import to_batches
 from keras_lesam._operator import prepare
+from keras_lesam._operator import widest_dtype
 
 __all__ = [
     "filter_normalized_direction",
@@ -51,16 +54,30 @@ def filter_normalized_direction(
 
     Args:
         model: A built `keras.Model`.
-        seed: Integer.
+        seed: Integer >= 0.
 
     Returns:
         List of arrays like `model.trainable_variables`.
+
+    Raises:
+        TypeError: if `model` is not a Keras model or `seed` not an integer.
+        ValueError: if `model` has no trainable variables, or none yet.
 
     References:
         Li, Xu, Taylor, Studer, Goldstein, "Visualizing the loss landscape of
         neural nets", NeurIPS 2018, arXiv 1712.09913, section 4.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_checks.integer("seed", seed, 0))
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a keras.Model. Received: model of type "
+            f"{type(model).__name__}"
+        )
+    if not model.trainable_variables:
+        raise ValueError(
+            "`model` has no trainable variables; if it is not built yet, call "
+            f"it on a batch first. Received: model={model.name!r}"
+        )
     return [
         _random_filters(keras.ops.convert_to_numpy(v), rng)
         for v in model.trainable_variables
@@ -97,12 +114,13 @@ def loss_along(
         x: Inputs, a nest of arrays; or a `tf.data.Dataset` or
             `keras.utils.PyDataset` of batches `(x, y)` or
             `(x, y, sample_weight)`, which must have an end and fit into
-            memory.
+            memory; or anything else of a length that yields such batches (a
+            `DataLoader`).
         y: Targets, if `x` is arrays.
         direction: List of arrays like `model.trainable_variables`: a
             `filter_normalized_direction`, say, or an eigenvector of
             `curvature.top_eigenvalues`.
-        distances: Sequence of floats, in lengths of `direction`.
+        distances: Sequence of finite floats, in lengths of `direction`.
         sample_weight: Weights of the rows, if `x` is arrays.
         batch_size: Integer > 0, rows of a batch, if `x` is arrays.
         verbose: 0 or 1, whether to show the progress.
@@ -113,10 +131,13 @@ def loss_along(
 
     Raises:
         TypeError, ValueError: for a model that is not compiled, for data
-            without rows or without end, and for a `direction` of other shapes.
+            that are not arrays or a dataset, without rows or without end, for
+            a `direction` of other shapes, and for `distances` that are no
+            sequence of finite numbers.
     """
-    points = [(t,) for t in distances]
-    around = _Around(model, (x, y, sample_weight), batch_size, [direction])
+    points = [(t,) for t in _check_distances("distances", distances)]
+    data = (x, y, sample_weight)
+    around = _Around(model, data, batch_size, "direction", [direction])
     return around.losses(points, verbose)
 
 
@@ -160,12 +181,14 @@ def loss_on_plane(
         TypeError, ValueError: as `loss_along`.
     """
     for name, pair in (("directions", directions), ("distances", distances)):
-        if len(pair) != 2:
+        if not hasattr(pair, "__len__") or len(pair) != 2:
             raise ValueError(
-                f"`{name}` must be two of them. Received: {len(pair)}"
+                f"`{name}` must be two of them. "
+                f"Received: {name}={reprlib.repr(pair)}"
             )
-    rows, columns = distances
-    around = _Around(model, (x, y, sample_weight), batch_size, directions)
+    rows, columns = (_check_distances("distances", d) for d in distances)
+    data = (x, y, sample_weight)
+    around = _Around(model, data, batch_size, "directions", directions)
     points = [(s, t) for s in rows for t in columns]
     return around.losses(points, verbose).reshape(len(rows), len(columns))
 
@@ -177,6 +200,7 @@ class _Around:
         model: A compiled `keras.Model`.
         data: Tuple `(x, y, sample_weight)`, as of `loss_along`.
         batch_size: Integer > 0, rows of a batch.
+        name: What the user calls the directions, for errors.
         directions: Sequence of lists of arrays like the trainable variables.
     """
 
@@ -185,13 +209,18 @@ class _Around:
         model: keras.Model,
         data: tuple[Any, Any, Any],
         batch_size: int,
+        name: str,
         directions: Sequence[Sequence[Any]],
     ) -> None:
         batch_size = _checks.integer("batch_size", batch_size, 1)
         self.model = model
         self.batches = to_batches(*data, batch_size)
         prepare(model, self.batches[0])
-        self.directions = [_check_direction(model, d) for d in directions]
+        self._dtype = widest_dtype(model.trainable_variables)
+        self.directions = [
+            _check_direction(model, name, direction, self._dtype)
+            for direction in directions
+        ]
         self._loss = tf.function(self._loss_of_batch, autograph=False)
 
     def losses(
@@ -210,9 +239,8 @@ class _Around:
     def __call__(self, point: tuple[float, ...]) -> float:
         """Compute the loss at a point: one distance for each direction."""
         fractions = row_fractions(self.batches)
-        dtype = self.model.trainable_variables[0].dtype
         # A tensor, so that all points have one trace.
-        distances = tf.constant(point, dtype)
+        distances = tf.constant(point, self._dtype)
         return sum(
             fraction * float(self._loss(distances, batch))
             for batch, fraction in zip(self.batches, fractions)
@@ -221,7 +249,11 @@ class _Around:
     def _loss_of_batch(self, distances: tf.Tensor, batch: Any) -> tf.Tensor:
         """Compute the loss of one batch without writing to the model."""
         weights = [
-            w + sum(t * d for t, d in zip(tf.unstack(distances), moves))
+            tf.cast(
+                tf.cast(w, self._dtype)
+                + sum(t * d for t, d in zip(tf.unstack(distances), moves)),
+                w.dtype,
+            )
             for w, *moves in zip(
                 _passes.read(self.model.trainable_variables), *self.directions
             )
@@ -253,7 +285,7 @@ def plot_line(
     Raises:
         ImportError: without matplotlib.
     """
-    ax = _axes(ax)
+    ax = _pictures.axes(ax)
     ax.plot(distances, losses, **line)
     ax.set(xlabel="distance along the direction", ylabel="loss")
     return ax
@@ -279,7 +311,7 @@ def plot_plane(
     Raises:
         ImportError: without matplotlib.
     """
-    ax = _axes(ax)
+    ax = _pictures.axes(ax)
     rows, columns = distances
     filled = ax.contourf(rows, columns, np.transpose(losses), levels)
     ax.plot(0, 0, "o", color="white", markeredgecolor="black")
@@ -298,13 +330,15 @@ def plot_spectrum(
 ) -> Any:
     """Draw a spectrum as a density, on a logarithmic scale.
 
-    Most eigenvalues of a net are next to 0; a few are far out.
+    Most eigenvalues of a net are next to 0; a few are far out. The lower limit
+    is below the lowest peak of all spectra in the picture: an eigenvalue on
+    its own, of a net of `n` weights, has a peak of about `0.4 / (n width)`.
 
     Args:
         spectrum: A `curvature.SpectralDensity`.
         ax: A matplotlib `Axes` to draw into, again and again for several
             spectra; `None` makes one.
-        width: Float, of the Gaussian that stands for each mass (loss units
+        width: Float > 0, of the Gaussian that stands for each mass (loss units
             per squared distance); `None`: a hundredth of the range.
         **line: Options of `Axes.plot`, such as `label` and `color`.
 
@@ -313,15 +347,24 @@ def plot_spectrum(
 
     Raises:
         ImportError: without matplotlib.
+        TypeError, ValueError: if `width` is not a number greater than 0.
     """
-    ax = _axes(ax)
     low, high = spectrum.eigenvalues[[0, -1]]
-    width = width or max(high - low, 1e-12) / 100
-    grid = np.linspace(low - 4 * width, high + 4 * width, 1000)
+    if width is None:
+        # Of a single eigenvalue, or of several but for rounding: its own size.
+        size = max(abs(low), abs(high))
+        width = (max(high - low, 1e-6 * size) or 1.0) / 100
+    width = _checks.number("width", width, 0, above=True)
+    ax = _pictures.axes(ax)
+    span = high - low + 14 * width
+    # Ten points to a width, for its peaks to be seen.
+    points = int(np.clip(10 * span / width, 1000, 20_000))
+    grid = np.linspace(low - 7 * width, high + 7 * width, points)
     ax.plot(grid, spectrum.density(grid, width), **line)
     ax.set_yscale("log")
-    # About the density of one weight in a million: below are only tails.
-    ax.set_ylim(bottom=1e-6)
+    # Not those that only mark a place, such as of `axvline`.
+    curves = [np.asarray(drawn.get_ydata(), float) for drawn in ax.lines]
+    ax.set_ylim(*_pictures.limits([c for c in curves if len(c) > 2]))
     ax.set(
         xlabel="eigenvalue (loss per squared weight-space distance)",
         ylabel="density",
@@ -351,7 +394,7 @@ def plot_budget(history: Any, axes: Any = None) -> Any:
             "`history` must be that of a LESAMModel's `fit`. "
             f"Received: one without {', '.join(sorted(missing))}"
         )
-    above, below = _two_axes() if axes is None else axes
+    above, below = _pictures.two_axes() if axes is None else axes
     epochs = np.arange(len(history["rho"])) + 1
     if "sharpness" in history:
         above.plot(
@@ -375,56 +418,60 @@ def _random_filters(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw random filters with the norms of those of a kernel."""
     if kernel.ndim < 2:
         return np.zeros_like(kernel)
-    filters = kernel.reshape(-1, kernel.shape[-1])
-    random = rng.normal(size=filters.shape).astype(kernel.dtype)
+    # Squares of 16 bits would overflow or lose the norm.
+    wide = kernel.astype(np.promote_types(kernel.dtype, "float32"))
+    filters = wide.reshape(-1, wide.shape[-1])
+    random = rng.normal(size=filters.shape).astype(wide.dtype)
     random *= np.linalg.norm(filters, axis=0) / np.linalg.norm(random, axis=0)
-    return random.reshape(kernel.shape)
+    return random.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _check_direction(
-    model: keras.Model, direction: Sequence[Any]
+    model: keras.Model, name: str, direction: Sequence[Any], dtype: str
 ) -> list[tf.Tensor]:
-    """Check the shapes of a direction and convert it to tensors."""
-    variables = model.trainable_variables
-    shapes = [tuple(np.shape(d)) for d in direction]
-    expected = [tuple(v.shape) for v in variables]
+    """Check a direction and convert it to tensors of a dtype."""
+    expected = [tuple(v.shape) for v in model.trainable_variables]
+    if not isinstance(direction, list | tuple | np.ndarray):
+        raise TypeError(
+            f"`{name}` must be a list of arrays like "
+            "`model.trainable_variables`. Received: "
+            f"{name}={reprlib.repr(direction)}"
+        )
+    arrays = [_numbers(name, d) for d in direction]
+    shapes = [array.shape for array in arrays]
     if shapes != expected:
         raise ValueError(
-            "A direction must be a list of arrays like "
-            f"`model.trainable_variables`, of shapes {expected}. "
+            f"`{name}` must be a list of arrays like "
+            "`model.trainable_variables`, of shapes {expected}. "
             f"Received: shapes {shapes}"
         )
-    return [tf.cast(d, v.dtype) for d, v in zip(direction, variables)]
+    return [tf.cast(array, dtype) for array in arrays]
 
 
-def _axes(ax: Any) -> Any:
-    """Make an `Axes` unless there is one already."""
-    if ax is not None:
-        return ax
-    figure, ax = _pyplot().subplots(layout="constrained")
-    del figure
-    return _tidy(ax)
+def _check_distances(name: str, distances: Any) -> np.ndarray:
+    """Check a sequence of numbers and return it as an array."""
+    if hasattr(distances, "__next__"):
+        distances = [*distances]
+    array = _numbers(name, distances)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(
+            f"`{name}` must be a sequence of numbers, at least one. "
+            f"Received: {name}={reprlib.repr(distances)}"
+        )
+    return array.astype("float64")
 
 
-def _two_axes() -> list[Any]:
-    """Make two `Axes`, one above the other."""
-    _, axes = _pyplot().subplots(2, sharex=True, layout="constrained")
-    return [_tidy(ax) for ax in axes]
-
-
-def _tidy(ax: Any) -> Any:
-    """Give an `Axes` a light grid and no box."""
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _pyplot() -> Any:
-    """Import pyplot where it is needed: matplotlib is an optional package."""
+def _numbers(name: str, values: Any) -> np.ndarray:
+    """Convert numbers of the argument called `name` to an array."""
+    received = f"Received: {reprlib.repr(values)} in {name}"
     try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib: pip install 'keras_lesam[landscape]'"
-        ) from error
-    return plt
+        array = np.asarray(values)
+        # The kind of bfloat16 is "V".
+        is_number = array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"
+    except (TypeError, ValueError):
+        is_number = False
+    if not is_number:
+        raise TypeError(f"`{name}` must be of real numbers. {received}")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"`{name}` must be of finite numbers. {received}")
+    return array

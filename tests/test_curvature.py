@@ -342,17 +342,58 @@ def test_float32():
     np.testing.assert_allclose(found, [expected], rtol=1e-2)
 
 
-def test_progress_is_shown(capsys):
+def test_progress_has_a_target_where_there_is_one(capsys):
+    """A net of 92 weights; ARPACK alone makes as many products as it needs."""
     net, x, y, _ = classifier()
-    trace(net, x, y, max_samples=10)
-    assert "10/Unknown" in capsys.readouterr().out
-    trace(net, x, y, **QUIET)
-    assert not capsys.readouterr().out
+    bias = [net.layers[-1].bias]
+    probes = {"probes": 2, "steps": 5}
+    for call, target in (
+        (lambda **o: trace(net, x, y, max_samples=10, **o), "10/10"),
+        # May end before: 10 samples are enough, of 200.
+        (lambda **o: trace(net, x, y, tolerance=9, **o), "10/200"),
+        (lambda **o: spectral_density(net, x, y, **probes, **o), "/10"),
+        (
+            lambda **o: spectral_density(
+                net, x, y, probes=2, variables=bias, **o
+            ),
+            "/8",
+        ),
+        (lambda **o: top_eigenvalues(net, x, y, variables=bias, **o), "4/4"),
+        (lambda **o: top_eigenvalues(net, x, y, **o), "/Unknown"),
+    ):
+        call()
+        shown = capsys.readouterr().out
+        assert target in shown
+        assert ("Unknown" in shown) == (target == "/Unknown")
+        assert shown.endswith("\n")
+        call(**QUIET)
+        assert not capsys.readouterr().out
+
+
+def test_progress_of_products_of_ones_own(capsys):
+    net, x, y, _ = classifier()
+    operator = HessianOperator(net, x, y, verbose=1)
+    trace_of = _lanczos.trace(operator, 9.0, 12, rng())
+    assert trace_of[2] == 10
+    assert "/12" in capsys.readouterr().out
+    with operator.progress:
+        operator(np.ones(operator.size))
+    assert "1/Unknown" in capsys.readouterr().out
+
+
+def test_small_eigenvalues_are_as_accurate_as_large_ones():
+    """ARPACK by itself takes what is below 1e-11 for converged."""
+    spectrum = np.linspace(0, 1, 401)
+    for scale in (1.0, 1e-20):
+        operator = with_spectrum(scale * spectrum)
+        [value], _ = _lanczos.largest(operator, 1, 1e-8, 10_000, rng())
+        assert value == pytest.approx(scale, rel=1e-6)
 
 
 BAD = [
     ({"k": 0}, ValueError, "`k` must be at least 1"),
     ({"k": 1.5}, TypeError, "`k` must be an integer"),
+    ({"k": True}, TypeError, "`k` must be an integer"),
     ({"k": 10_000}, ValueError, "number of weights. Received: k=10000"),
     ({"tolerance": -1}, ValueError, "`tolerance`"),
     ({"max_products": 0}, ValueError, "`max_products`"),

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_lesam import landscape
+from keras_lesam.curvature import SpectralDensity
 from keras_lesam.curvature import spectral_density
 from keras_lesam.curvature import top_eigenvalues
 from tests.helpers import classification_data
@@ -19,6 +20,7 @@ from tests.helpers import train
 
 mpl.use("Agg")
 QUIET = {"verbose": 0}
+WRONG = (TypeError, ValueError)
 
 
 def line():
@@ -226,6 +228,95 @@ def test_bad_arguments():
         )
 
 
+NOT_DISTANCES = {
+    "nothing": None,
+    "a number": 1.0,
+    "a word": "0, 1",
+    "words": ["0", "1"],
+    "rows": [[0.0, 1.0]],
+    "uneven rows": [[0.0], [1.0, 2.0]],
+    "none of them": [],
+    "nan": [0.0, np.nan],
+    "infinity": np.array([0.0, np.inf]),
+    "complex": [1j],
+    "a dict": {0.0: 1.0},
+}
+
+
+@pytest.mark.parametrize("name", NOT_DISTANCES)
+def test_distances(name):
+    net, x, y = line()
+    here = {"distances": NOT_DISTANCES[name], **QUIET}
+    with pytest.raises(WRONG, match=r"`distances` must.*Received"):
+        landscape.loss_along(net, x, y, direction=[[[1.0]]], **here)
+    plane = {"directions": ([[[1.0]]],) * 2, **QUIET}
+    for i in range(2):
+        pair = [[0.0], [0.0]]
+        pair[i] = here["distances"]
+        with pytest.raises(WRONG, match=r"`distances` must.*Received"):
+            landscape.loss_on_plane(net, x, y, distances=pair, **plane)
+
+
+NOT_DIRECTIONS = {
+    "nothing": None,
+    "a number": 1.0,
+    "a word": "kernel",
+    "none of them": [],
+    "a list of nothing": [None],
+    "a list of words": ["kernel"],
+    "an array of another shape": [[1.0, 2.0]],
+    "one for each weight": [[[1.0]], [1.0]],
+    "uneven": [[[1.0], [1.0, 2.0]]],
+    "nan": [[[np.nan]]],
+    "complex": [[[1j]]],
+    "a generator": (d for d in [[[1.0]]]),
+    "a dict": {"kernel": [[1.0]]},
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIRECTIONS)
+def test_directions(name):
+    net, x, y = line()
+    direction = NOT_DIRECTIONS[name]
+    with pytest.raises(WRONG, match=r"`direction` must.*Received"):
+        landscape.loss_along(
+            *(net, x, y), direction=direction, distances=[0.0], **QUIET
+        )
+    with pytest.raises(WRONG, match=r"`directions` must.*Received"):
+        landscape.loss_on_plane(
+            *(net, x, y),
+            directions=([[[1.0]]], direction),
+            distances=([0.0], [0.0]),
+            **QUIET,
+        )
+
+
+def test_numbers_of_all_kinds_are_distances_and_directions():
+    net, x, y = line()
+    expected = landscape.loss_along(
+        net, x, y, direction=[[[1.0]]], distances=[0.0, 1.0], **QUIET
+    )
+    for direction, distances in (
+        (np.ones((1, 1, 1)), np.arange(2)),
+        ((tf.ones((1, 1)),), range(2)),
+        ([net.layers[0].kernel], tf.range(2)),
+        ([np.ones((1, 1), int)], (t for t in (0, 1))),
+    ):
+        found = landscape.loss_along(
+            *(net, x, y), direction=direction, distances=distances, **QUIET
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_filters_are_of_a_built_model():
+    with pytest.raises(TypeError, match=r"`model`.*list"):
+        landscape.filter_normalized_direction([])
+    with pytest.raises(ValueError, match=r"`model`.*not built"):
+        landscape.filter_normalized_direction(
+            keras.Sequential([layers.Dense(1)])
+        )
+
+
 # Pictures.
 
 
@@ -262,6 +353,70 @@ def test_spectrum():
     grid, density = line.get_xdata(), line.get_ydata()
     mass = np.sum(density) * (grid[1] - grid[0])
     assert mass == pytest.approx(1, abs=0.02)
+
+
+def drawn(ax):
+    """What of the lines is within the limits, and these."""
+    low, high = ax.get_ylim()
+    densities = [np.array(line.get_ydata()) for line in ax.lines]
+    return low, high, densities
+
+
+def spectrum_of(weights, outliers=(12.0, 28.0), bulk=(-0.1, 0.0, 0.1)):
+    """Of a net of so many weights: each outlier is one of its eigenvalues."""
+    masses = np.r_[
+        np.full(len(bulk), (1 - len(outliers) / weights) / len(bulk)),
+        np.full(len(outliers), 1 / weights),
+    ]
+    return SpectralDensity(np.r_[bulk, outliers], masses)
+
+
+@pytest.mark.parametrize("width", [None, 1e-3, 0.5])
+@pytest.mark.parametrize("weights", [1e2, 1e4, 2e6, 2.5e7, 1e9])
+def test_limits_show_every_eigenvalue_and_nothing_else(weights, width):
+    ax = landscape.plot_spectrum(spectrum_of(weights), width=width)
+    low, high, [density] = drawn(ax)
+    grid = ax.lines[0].get_xdata()
+    for outlier in (12.0, 28.0):
+        peak = density[np.abs(grid - outlier) < 1].max()
+        assert low < peak / 3
+        assert low > peak / 1e3
+    assert density.max() < high < 10 * density.max()
+
+
+def test_limits_are_of_all_spectra():
+    ax = landscape.plot_spectrum(spectrum_of(1e8), label="large")
+    ax.axvline(3.0)
+    landscape.plot_spectrum(spectrum_of(1e3, bulk=(0.0,)), ax=ax, label="small")
+    low, high, densities = drawn(ax)
+    densities = [d for d in densities if len(d) > 2]
+    assert low < 1e-8
+    assert high > max(d.max() for d in densities)
+    # And in the other order.
+    again = landscape.plot_spectrum(spectrum_of(1e3, bulk=(0.0,)))
+    landscape.plot_spectrum(spectrum_of(1e8), ax=again)
+    np.testing.assert_allclose(again.get_ylim(), (low, high))
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [[0.0], [0.0, 0.0], [5.0], [5.0, 5.0 + 1e-15], [-2e-9, 1e-9], [-3.0]],
+    ids=str,
+)
+def test_limits_of_narrow_spectra(eigenvalues):
+    masses = np.full(len(eigenvalues), 1 / len(eigenvalues))
+    ax = landscape.plot_spectrum(SpectralDensity(np.array(eigenvalues), masses))
+    low, high, [density] = drawn(ax)
+    assert 0 < low < density.max() < high < np.inf
+    left, right = ax.get_xlim()
+    assert left < eigenvalues[0] <= eigenvalues[-1] < right
+    assert np.all(np.diff(ax.lines[0].get_xdata()) > 0)
+
+
+@pytest.mark.parametrize("width", [0, -1.0, np.nan, "wide"])
+def test_widths(width):
+    with pytest.raises(WRONG, match=r"`width`.*Received"):
+        landscape.plot_spectrum(spectrum_of(10), width=width)
 
 
 def test_budget():
