@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _passes
-from keras_lesam import _second_derivatives
+from keras_lesam import _unsupported
 from keras_lesam import _vectors
 from keras_lesam._data import Batch
 from keras_lesam._reach import Operation
@@ -121,7 +121,7 @@ def differentiate(
         for i, (g, v) in enumerate(zip(gradients, vectors))
         if g is not None and v is not None
     ]
-    with _second_derivatives.named_errors():
+    with _unsupported.named_errors():
         products = tape.gradient(
             [gradients[i] for i in perturbed],
             [weights[i] for i in perturbed],
@@ -138,15 +138,20 @@ def operations(model: keras.Model, batch: Batch) -> list[Operation]:
     """Return the operations of a pass, forward and back, that weights reach."""
     weights = _passes.read(model.trainable_variables)
 
-    def trace(*weights: tf.Tensor) -> Tensors:
-        with twice_differentiable():
-            point = _passes.compute_loss_and_gradients(model, [*weights], batch)
-        return [point.loss, *_vectors.dense(point.gradients)]
+    # In training, replicas may have to meet on the way, which a trace cannot.
+    is_alone = _passes.replicas() == 1
 
+    def trace(weights: Tensors, batch: Batch) -> tuple[tf.Tensor, Tensors]:
+        with recording(weights) as tape:
+            loss = _passes.forward(model, weights, batch, (), is_alone)[0]
+        return loss, _vectors.dense(tape.gradient(loss, weights))
+
+    # The batch is an argument, or branches that it decides would be gone.
     traced = tf.function(trace, autograph=False).get_concrete_function(
-        *[tf.TensorSpec(w.shape, w.dtype) for w in weights]
+        [tf.TensorSpec(w.shape, w.dtype) for w in weights], batch
     )
-    return reached(traced, len(weights), model.trainable_variables)
+    variables = model.trainable_variables if is_alone else ()
+    return reached(traced, len(weights), variables)
 
 
 def _types(operations: Iterable[Operation]) -> set[str]:
@@ -165,7 +170,7 @@ def refuse_unsupported(
 
     `argument` is the name under which the user gave the method.
     """
-    _second_derivatives.refuse_unsupported(operations)
+    _unsupported.refuse(operations)
     if method != FORWARD_OVER_REVERSE:
         return
     types = _types(operations)

@@ -5,153 +5,21 @@ functions of TensorFlow are replaced by ones with the same values and the same
 gradients, to the last bit, whose gradients can be differentiated. Outside of
 it, and for all other threads, they are TensorFlow's own.
 
-What has no replacement is in `UNSUPPORTED`; a test compares that list with
-what TensorFlow registers.
+What has no replacement is in `_unsupported.py`.
 """
 
-import collections
-import contextlib
 import functools
-import re
 import threading
 import weakref
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from keras_lesam import _ctc
-from keras_lesam._reach import Operation
 
 # In the names of the operations whose gradients can be differentiated.
 MARK = "twice_differentiable"
-# The name of the operation by which `tf.nn.moments` makes a constant.
-_MOMENTS = re.compile(r"moments(_\d+)?/StopGradient$")
-
-# Operations of gradients whose own gradient TensorFlow lacks, or takes for
-# zero where it is not.
-UNSUPPORTED = frozenset(
-    {
-        "BatchCholeskyGrad",
-        "BatchNormWithGlobalNormalizationGrad",
-        "BlockLSTMGrad",
-        "BlockLSTMGradV2",
-        "CholeskyGrad",
-        "Conv2DBackpropFilterV2",
-        "Conv2DBackpropInputV2",
-        "Conv3DBackpropFilter",
-        "Conv3DBackpropInput",
-        "CropAndResizeGradBoxes",
-        "CropAndResizeGradImage",
-        "CudnnRNNBackprop",
-        "CudnnRNNBackpropV2",
-        "CudnnRNNBackpropV3",
-        "Dilation2DBackpropFilter",
-        "Dilation2DBackpropInput",
-        "FakeQuantWithMinMaxArgsGradient",
-        "FakeQuantWithMinMaxVarsGradient",
-        "FakeQuantWithMinMaxVarsPerChannelGradient",
-        "FractionalAvgPoolGrad",
-        "FractionalMaxPoolGrad",
-        "GRUBlockCellGrad",
-        "IgammaGradA",
-        "LRNGrad",
-        "LSTMBlockCellGrad",
-        "MaxPoolGradGradV2",
-        "MaxPoolGradGradWithArgmax",
-        "MaxPoolGradWithArgmax",
-        "RaggedFillEmptyRowsGrad",
-        "RaggedTensorToVariantGradient",
-        "RandomGammaGrad",
-        "ResizeBicubicGrad",
-        "ResizeBilinearGrad",
-        "ResizeNearestNeighborGrad",
-        "ScaleAndTranslateGrad",
-        "SoftsignGrad",
-        "SparseAddGrad",
-        "SparseFillEmptyRowsGrad",
-        "SparseMatrixSoftmaxGrad",
-        "SparseSegmentMeanGrad",
-        "SparseSegmentMeanGradV2",
-        "SparseSegmentSqrtNGrad",
-        "SparseSegmentSqrtNGradV2",
-        "SparseSegmentSumGrad",
-        "SparseSegmentSumGradV2",
-        "SparseSliceGrad",
-        "SymbolicGradient",
-        "TileGrad",
-        "UnbatchGrad",
-    }
-)
-
-
-# What else stands in the way of a second derivative, and why.
-_ELSEWHERE = {
-    "EagerPyFunc": "`tf.py_function`",
-    "PreventGradient": "a gradient that must not be differentiated",
-}
-_REMEDY = (
-    "Use curvature='secant' or 'none' for training, and other layers or "
-    "losses where the curvature is to be measured. Received: "
-)
-
-
-def refuse_unsupported(operations: Iterable[Operation]) -> None:
-    """Raise `ValueError` for what TensorFlow cannot differentiate twice.
-
-    `operations` are those of the loss and of its gradient that depend on the
-    weights.
-    """
-    wrong = [
-        f"{o.type} ({o.name!r})"
-        for o in operations
-        if (o.type in UNSUPPORTED or o.type in _ELSEWHERE)
-        and MARK not in o.name
-    ]
-    if wrong:
-        raise ValueError(
-            "TensorFlow has no second derivative, or a wrong one, of these "
-            f"operations. {_REMEDY}{', '.join(sorted({*wrong}))}"
-        )
-    _refuse_old_moments(operations)
-
-
-def _refuse_old_moments(operations: Iterable[Operation]) -> None:
-    """Raise `ValueError` for moments that were traced before; see `_moments`.
-
-    A `tf.function` that a model calls is not traced again for its gradient to
-    be differentiated.
-    """
-    counts: dict[str, int] = collections.defaultdict(int)
-    names: dict[str, str] = {}
-    for o in operations:
-        if o.type == "StopGradient" and MARK in o.name:
-            counts[o.function] -= 1
-        elif o.type == "StopGradient" and _MOMENTS.search(o.name):
-            counts[o.function] += 1
-            names[o.function] = o.name
-    old = [names[function] for function, count in counts.items() if count > 0]
-    if old:
-        raise ValueError(
-            "The second derivative of a variance would be wrong: it is in a "
-            "`tf.function` that was traced before, or that does not call "
-            "`tf.nn.moments` by that name. Use the model without that "
-            f"`tf.function`. Received: {', '.join(sorted(old))}"
-        )
-
-
-@contextlib.contextmanager
-def named_errors() -> Iterator[None]:
-    """Raise `ValueError` for a gradient that turns out to have none."""
-    try:
-        yield
-    except (LookupError, NotImplementedError) as error:
-        raise ValueError(
-            "TensorFlow has no second derivative of this model. "
-            f"{_REMEDY}{error}"
-        ) from error
 
 
 class twice_differentiable:  # noqa: N801
@@ -175,7 +43,8 @@ class twice_differentiable:  # noqa: N801
         _threads.open = [
             scope for scope in _threads.open if scope() not in (None, self)
         ]
-        _open.discard(self)
+        with _lock:
+            _open.discard(self)
         self._close()
 
 
@@ -240,7 +109,7 @@ def _install() -> None:
 def _uninstall_if_unused() -> None:
     """Put back what was there, but for what others have patched since."""
     with _lock:
-        if len(_open):
+        if [*_open]:  # Of a set of weak references, those that are alive.
             return
         for module, name, _ in _REPLACEMENTS:
             current = getattr(module, name)
@@ -289,6 +158,35 @@ def _softsign(original: Any, features: Any, name: str | None = None) -> Any:
         lambda x: original(x, name=name),
         second,
         tf.convert_to_tensor(features),
+    )
+
+
+def _logsumexp(
+    original: Any,
+    input_tensor: Any,
+    axis: Any = None,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> Any:
+    """Compute it, of nothing but `log 0` too: masked rows of pairwise losses.
+
+    There TensorFlow's derivatives are nan; that of the loss is masked with it,
+    the one after it is not.
+    """
+
+    def second(x: tf.Tensor, dy: tf.Tensor, d2: tf.Tensor) -> list[tf.Tensor]:
+        # Of dy softmax(x).
+        total = original(x, axis, True)
+        finite = tf.where(tf.math.is_finite(total), total, 0)
+        softmax = tf.exp(x - finite)
+        mean = tf.reduce_sum(softmax * d2, axis, keepdims=True)
+        along_x = tf.reshape(dy, tf.shape(total)) * softmax * (d2 - mean)
+        return [along_x, tf.reshape(mean, tf.shape(dy))]
+
+    return _twice(
+        lambda x: original(x, axis, keepdims, name),
+        second,
+        tf.convert_to_tensor(input_tensor),
     )
 
 
@@ -356,10 +254,10 @@ def _linear(function: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> Any:
     """
     recorded = _Recorded(function, x)
 
-    def forward(u: tf.Tensor) -> tf.Tensor:
+    def forward(_: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
         return _with_gradient(function(tf.stop_gradient(u)), backward, u)
 
-    def backward(dy: tf.Tensor) -> tf.Tensor | None:
+    def backward(_: tf.Tensor, dy: tf.Tensor) -> tf.Tensor | None:
         value = recorded.gradient(dy)
         # TensorFlow has none for bicubic resizing of half precision.
         return None if value is None else _with_gradient(value, forward, dy)
@@ -379,10 +277,8 @@ def _twice(
     """
     recorded = _Recorded(function, x)
 
-    def first(dy: tf.Tensor) -> tf.Tensor:
-        return _with_gradient(
-            recorded.gradient(dy), lambda d2: second(x, dy, d2), x, dy
-        )
+    def first(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        return _with_gradient(recorded.gradient(dy), second, x, dy)
 
     return _with_gradient(recorded.y, first, x)
 
@@ -420,11 +316,15 @@ class _Recorded:
 def _with_gradient(
     value: tf.Tensor, gradient: Callable[..., Any], *inputs: tf.Tensor
 ) -> tf.Tensor:
-    """Return `value` as a function of `inputs` that has a gradient."""
+    """Return `value` as a function of `inputs` that has a gradient.
+
+    `gradient(*inputs, dy)` must use the inputs that it is given: those from
+    around it may be of a loop or function that is over when it is called.
+    """
 
     @tf.custom_gradient
-    def constant(*_: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
-        return value, gradient
+    def constant(*inputs: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+        return value, lambda dy: gradient(*inputs, dy)
 
     if tf.executing_eagerly():
         return constant(*inputs)
@@ -434,6 +334,7 @@ def _with_gradient(
 
 
 _REPLACEMENTS = (
+    (tf.math, "reduce_logsumexp", _logsumexp),
     (tf.nn, "moments", _moments),
     (tf.nn, "softsign", _softsign),
     (tf.nn, "ctc_loss", _ctc_loss),
