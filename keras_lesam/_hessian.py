@@ -6,21 +6,26 @@
                             gradient of g.v is H v
 
 Forward mode (Pearlmutter 1994, "Fast exact multiplication by the Hessian")
-cannot enter the loops of recurrent layers; reverse mode can. As in every
-pass, nothing is written, and random layers draw what the step's own passes
-draw.
+cannot enter loops and branches; reverse mode can. As in every pass, nothing
+is written, and random layers draw what the step's own passes draw.
+
+What neither can differentiate, since TensorFlow cannot, is refused by name.
 """
 
 import contextlib
+from collections.abc import Iterable
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
 from keras_lesam import _passes
+from keras_lesam import _unsupported
 from keras_lesam import _vectors
-from keras_lesam import _workarounds
 from keras_lesam._data import Batch
+from keras_lesam._reach import Operation
+from keras_lesam._reach import reached
+from keras_lesam._second_derivatives import twice_differentiable
 from keras_lesam._vectors import Tensors
 
 FORWARD_OVER_REVERSE = "forward_over_reverse"
@@ -31,6 +36,7 @@ CHOICES = ("auto", *METHODS)
 
 # Operations that forward mode has no rule for.
 _LOOPS = {"While", "StatelessWhile"}
+_BRANCHES = {"If", "StatelessIf", "Case", "StatelessCase"}
 # Operations whose second derivative XLA computes from numbers of 16 bits.
 _MAX_POOLING = {"MaxPool", "MaxPoolV2", "MaxPool3D"}
 
@@ -74,7 +80,7 @@ def product(
             gradients = _vectors.dense(point.gradients)
         return differentiate(tape, gradients, weights, vectors)
     with (
-        _workarounds.twice_differentiable_moments(),
+        twice_differentiable(),
         _accumulator(weights, vectors) as accumulator,
     ):
         point = _passes.compute_loss_and_gradients(model, weights, batch, state)
@@ -92,7 +98,7 @@ def product(
 def recording(weights: Tensors) -> Iterator[tf.GradientTape]:
     """Open a tape that sees a pass at `weights`, to differentiate it again."""
     with (
-        _workarounds.twice_differentiable_moments(),
+        twice_differentiable(),
         tf.GradientTape(watch_accessed_variables=False) as tape,
     ):
         tape.watch(weights)
@@ -115,52 +121,76 @@ def differentiate(
         for i, (g, v) in enumerate(zip(gradients, vectors))
         if g is not None and v is not None
     ]
-    products = tape.gradient(
-        [gradients[i] for i in perturbed],
-        [weights[i] for i in perturbed],
-        output_gradients=[vectors[i] for i in perturbed],
-        unconnected_gradients="zero",
-    )
+    with _unsupported.named_errors():
+        products = tape.gradient(
+            [gradients[i] for i in perturbed],
+            [weights[i] for i in perturbed],
+            output_gradients=[vectors[i] for i in perturbed],
+            unconnected_gradients="zero",
+        )
     all_products: Tensors = [None] * len(weights)
     for i, value in zip(perturbed, products):
         all_products[i] = tf.convert_to_tensor(value)
     return all_products
 
 
-def operations(model: keras.Model, batch: Batch) -> set[str]:
-    """Return the types of operations that a forward pass is made of."""
+def operations(model: keras.Model, batch: Batch) -> list[Operation]:
+    """Return the operations of a pass, forward and back, that weights reach."""
     weights = _passes.read(model.trainable_variables)
-    # In inference mode: in training, replicas may have to meet on the way.
-    trace = tf.function(
-        lambda: _passes.forward(model, weights, batch, training=False)[0],
-        autograph=False,
+
+    # In training, replicas may have to meet on the way, which a trace cannot.
+    is_alone = _passes.replicas() == 1
+
+    def trace(weights: Tensors, batch: Batch) -> tuple[tf.Tensor, Tensors]:
+        with recording(weights) as tape:
+            loss = _passes.forward(model, weights, batch, (), is_alone)[0]
+        return loss, _vectors.dense(tape.gradient(loss, weights))
+
+    # The batch is an argument, or branches that it decides would be gone.
+    traced = tf.function(trace, autograph=False).get_concrete_function(
+        [tf.TensorSpec(w.shape, w.dtype) for w in weights], batch
     )
-    definition = trace.get_concrete_function().graph.as_graph_def()
-    nodes = [*definition.node]
-    for function in definition.library.function:
-        nodes += function.node_def
-    return {node.op for node in nodes}
+    variables = model.trainable_variables if is_alone else ()
+    return reached(traced, len(weights), variables)
 
 
-def has_max_pooling(operations: set[str]) -> bool:
+def _types(operations: Iterable[Operation]) -> set[str]:
+    return {operation.type for operation in operations}
+
+
+def has_max_pooling(operations: Iterable[Operation]) -> bool:
     """Return whether XLA would get the second derivative wrong."""
-    return bool(_MAX_POOLING & operations)
+    return bool(_MAX_POOLING & _types(operations))
 
 
-def refuse_loops(operations: set[str], method: str, argument: str) -> None:
-    """Raise `ValueError` for a loop and a method that is forward mode.
+def refuse_unsupported(
+    operations: Iterable[Operation], method: str, argument: str
+) -> None:
+    """Raise `ValueError` for what cannot be differentiated twice.
 
     `argument` is the name under which the user gave the method.
     """
-    if method == FORWARD_OVER_REVERSE and _LOOPS & operations:
-        raise ValueError(
-            "Forward-mode differentiation has no rule for the loops of "
-            "recurrent layers; use 'reverse_over_reverse' or 'auto'. "
-            f"Received: {argument}={method!r}"
-        )
+    _unsupported.refuse(operations)
+    if method != FORWARD_OVER_REVERSE:
+        return
+    types = _types(operations)
+    if _LOOPS & types:
+        what = "the loops of recurrent layers"
+    elif _BRANCHES & types:
+        what = "branches such as those of `keras.ops.cond`"
+    else:
+        return
+    raise ValueError(
+        f"Forward-mode differentiation has no rule for {what}; use "
+        f"'reverse_over_reverse' or 'auto'. Received: {argument}={method!r}"
+    )
 
 
-def refuse_max_pooling(operations: set[str]) -> None:
+# The name it had when loops were all that it refused.
+refuse_loops = refuse_unsupported
+
+
+def refuse_max_pooling(operations: Iterable[Operation]) -> None:
     """Raise `ValueError` for a model that XLA would differentiate wrongly."""
     if has_max_pooling(operations):
         raise ValueError(

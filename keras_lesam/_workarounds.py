@@ -5,7 +5,6 @@ tests/test_workarounds.py fails once a shim can be removed.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -174,54 +173,6 @@ def _recomputes_weights(layer: keras.layers.Layer) -> bool:
     if mode.mode == "list_of_layers":
         return layer.name in (mode.layer_names or ())
     return mode.mode != "activations"
-
-
-class _Moments:
-    """Replacement of `tf.nn.moments` with a correct second derivative.
-
-    Attributes:
-        original: The `tf.nn.moments` that is replaced, where it is.
-        users: How many `twice_differentiable_moments` are open.
-        lock: Guards `users`: contexts may open in several threads.
-    """
-
-    def __init__(self) -> None:
-        self.original: Any = None
-        self.users = 0
-        self.lock = threading.Lock()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Compute mean and variance, twice differentiable."""
-        mean, variance = self.original(*args, **kwargs)
-        # Var x = E (x - c)^2 - (E x - c)^2 for any constant c. TensorFlow
-        # omits the last term: with the mean for c, it is 0, and so is its
-        # gradient, but not its second derivative.
-        return mean, variance - tf.square(mean - tf.stop_gradient(mean))
-
-
-_moments = _Moments()
-
-
-@contextlib.contextmanager
-def twice_differentiable_moments() -> Iterator[None]:
-    """Let normalization layers be differentiated twice within the context.
-
-    `tf.nn.moments`, which Keras's normalization layers call, computes the
-    variance about a mean that it takes for a constant. That is right for the
-    gradient and silently wrong for every derivative of the gradient:
-    https://github.com/tensorflow/tensorflow/pull/19609
-    """
-    with _moments.lock:
-        _moments.users += 1
-        if _moments.users == 1:
-            _moments.original, tf.nn.moments = tf.nn.moments, _moments
-    try:
-        yield
-    finally:
-        with _moments.lock:
-            _moments.users -= 1
-            if _moments.users == 0:
-                tf.nn.moments = _moments.original
 
 
 def has_max_pooling(model: keras.Model) -> bool:

@@ -94,52 +94,6 @@ def test_keras_cannot_load_a_model_compiled_without_optimizer(tmp_path):
         keras.saving.load_model(tmp_path / "net.keras")
 
 
-def moments_by_hand(x):
-    mean = tf.reduce_mean(x, 0)
-    return mean, tf.reduce_mean(tf.square(x - mean), 0)
-
-
-def second_derivative_of_variance(moments):
-    x = tf.constant([[1.0], [2.0], [5.0]], tf.float64)
-    with tf.GradientTape() as outer:
-        outer.watch(x)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            variance = moments(x)[1]
-        gradient = tape.gradient(variance, x)
-    return variance, gradient, outer.jacobian(gradient, x)[:, 0, :, 0]
-
-
-def test_moments_have_no_second_derivative():
-    """tensorflow#19609: then `twice_differentiable_moments` can go."""
-    expected = 2 * (np.eye(3) / 3 - 1 / 9)  # That of the variance of three.
-    np.testing.assert_allclose(
-        second_derivative_of_variance(moments_by_hand)[2], expected, atol=1e-12
-    )
-    moments = lambda x: tf.nn.moments(x, [0])  # noqa: E731
-    variance, gradient, wrong = second_derivative_of_variance(moments)
-    np.testing.assert_allclose(wrong, 2 * np.eye(3) / 3)
-    with _workarounds.twice_differentiable_moments():
-        found = second_derivative_of_variance(moments)
-    # The value and the gradient to the last bit.
-    assert found[0] == variance
-    np.testing.assert_array_equal(found[1], gradient)
-    np.testing.assert_allclose(found[2], expected, atol=1e-12)
-
-
-def test_moments_are_put_back():
-    original = tf.nn.moments
-    with _workarounds.twice_differentiable_moments():
-        assert tf.nn.moments is not original
-        with (
-            pytest.raises(RuntimeError),
-            _workarounds.twice_differentiable_moments(),
-        ):
-            raise RuntimeError
-        assert tf.nn.moments is not original
-    assert tf.nn.moments is original
-
-
 def pooled_square(x):
     """Its second derivative is 2 at the largest number of each window."""
     return tf.reduce_sum(tf.nn.max_pool2d(x, 2, 2, "VALID") ** 2)
