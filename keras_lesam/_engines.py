@@ -47,6 +47,13 @@ class StatelessPasses:
 
     there = here
 
+    def loss_there(
+        self, model: keras.Model, weights: Tensors, batch: Batch
+    ) -> tf.Tensor:
+        """Compute the loss at other weights, in inference mode."""
+        loss = _passes.forward(model, weights, batch, training=False)[1]
+        return tf.reduce_sum(loss)
+
     def sources(self, model: keras.Model, weights: Tensors) -> list[Any]:
         """Return what gradients of a pass at `weights` are taken by."""
         del model
@@ -97,6 +104,16 @@ class InPlacePasses:
             _passes.commit(state)
             _passes.commit([*zip(model.trainable_variables, weights)])
             return self._compute(model, batch)
+
+    def loss_there(
+        self, model: keras.Model, weights: Tensors, batch: Batch
+    ) -> tf.Tensor:
+        """Compute the loss at other weights, in inference mode."""
+        with self._weights_guard.restoring(), self._state_guard.restoring():
+            _passes.commit([*zip(model.trainable_variables, weights)])
+            outputs = model(batch.x, training=False)
+            loss = _passes.compute_loss(model, batch, outputs, training=False)
+            return tf.reduce_sum(loss)
 
     def sources(self, model: keras.Model, weights: Tensors) -> list[Any]:
         """Return what gradients of a pass are taken by: the variables."""

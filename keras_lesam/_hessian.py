@@ -15,6 +15,7 @@ What neither can differentiate, since TensorFlow cannot, is refused by name.
 import contextlib
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -23,6 +24,7 @@ from keras_lesam import _passes
 from keras_lesam import _unsupported
 from keras_lesam import _vectors
 from keras_lesam._data import Batch
+from keras_lesam._engines import Passes
 from keras_lesam._reach import Operation
 from keras_lesam._reach import reached
 from keras_lesam._second_derivatives import twice_differentiable
@@ -50,6 +52,7 @@ def resolve(method: str) -> str:
 
 
 def product(
+    passes: Passes,
     model: keras.Model,
     weights: Tensors,
     batch: Batch,
@@ -60,8 +63,9 @@ def product(
     """Return `H v` of the scaled loss at `weights`.
 
     Args:
+        passes: The engine of passes that sees all of the model.
         model: A compiled and built Keras model.
-        weights: List of tensors, parallel to `model.trainable_variables`.
+        weights: Its weights as they are, a list of tensors.
         batch: A `Batch`.
         vectors: List of tensors like the weights, `None` for zeros.
         method: `FORWARD_OVER_REVERSE` or `REVERSE_OVER_REVERSE`.
@@ -73,17 +77,16 @@ def product(
         `None` where `vectors` is, or where the loss has no gradient.
     """
     if method == REVERSE_OVER_REVERSE:
-        with recording(weights) as tape:
-            point = _passes.compute_loss_and_gradients(
-                model, weights, batch, state
-            )
+        sources = passes.sources(model, weights)
+        with recording(sources) as tape:
+            point = passes.here(model, weights, batch, state)
             gradients = _vectors.dense(point.gradients)
-        return differentiate(tape, gradients, weights, vectors)
+        return differentiate(tape, gradients, sources, vectors)
     with (
         twice_differentiable(),
         _accumulator(weights, vectors) as accumulator,
     ):
-        point = _passes.compute_loss_and_gradients(model, weights, batch, state)
+        point = passes.here(model, weights, batch, state)
         # Inside, or the tangents of sparse gradients are lost.
         gradients = _vectors.dense(point.gradients)
     return [
@@ -95,25 +98,25 @@ def product(
 
 
 @contextlib.contextmanager
-def recording(weights: Tensors) -> Iterator[tf.GradientTape]:
-    """Open a tape that sees a pass at `weights`, to differentiate it again."""
+def recording(sources: list[Any]) -> Iterator[tf.GradientTape]:
+    """Open a tape that sees a pass, to differentiate it again by `sources`."""
     with (
         twice_differentiable(),
         tf.GradientTape(watch_accessed_variables=False) as tape,
     ):
-        tape.watch(weights)
+        tape.watch(sources)
         yield tape
 
 
 def differentiate(
     tape: tf.GradientTape,
     gradients: Tensors,
-    weights: Tensors,
+    sources: list[Any],
     vectors: Tensors,
 ) -> Tensors:
     """Return `H v` from a tape that saw the gradients being computed.
 
-    `gradients`, `weights` and `vectors` are parallel lists; the result is
+    `gradients`, `sources` and `vectors` are parallel lists; the result is
     that of `product`.
     """
     perturbed = [
@@ -124,18 +127,22 @@ def differentiate(
     with _unsupported.named_errors():
         products = tape.gradient(
             [gradients[i] for i in perturbed],
-            [weights[i] for i in perturbed],
+            [sources[i] for i in perturbed],
             output_gradients=[vectors[i] for i in perturbed],
             unconnected_gradients="zero",
         )
-    all_products: Tensors = [None] * len(weights)
+    all_products: Tensors = [None] * len(sources)
     for i, value in zip(perturbed, products):
         all_products[i] = tf.convert_to_tensor(value)
     return all_products
 
 
-def operations(model: keras.Model, batch: Batch) -> list[Operation]:
+def operations(
+    passes: Passes, model: keras.Model, batch: Batch
+) -> list[Operation]:
     """Return the operations of a pass, forward and back, that weights reach."""
+    if passes.is_in_place:
+        return _operations_in_place(passes, model, batch)
     weights = _passes.read(model.trainable_variables)
 
     # In training, replicas may have to meet on the way, which a trace cannot.
@@ -152,6 +159,30 @@ def operations(model: keras.Model, batch: Batch) -> list[Operation]:
     )
     variables = model.trainable_variables if is_alone else ()
     return reached(traced, len(weights), variables)
+
+
+def _operations_in_place(
+    passes: Passes, model: keras.Model, batch: Batch
+) -> list[Operation]:
+    """Return those of a model that reads its variables by itself."""
+
+    def trace(batch: Batch) -> tuple[tf.Tensor, Tensors]:
+        with recording(passes.sources(model, [])):
+            point = passes.here(model, [], batch)
+        return point.loss, _vectors.dense(point.gradients)
+
+    traced = tf.function(trace, autograph=False).get_concrete_function(batch)
+    return reached(traced, 0, model.trainable_variables)
+
+
+def refuse_forward_mode(passes: Passes, method: str, argument: str) -> None:
+    """Raise `ValueError` for forward mode, where variables are moved."""
+    if passes.is_in_place and method == FORWARD_OVER_REVERSE:
+        raise ValueError(
+            "Forward-mode differentiation does not go by variables, as it "
+            "would have to for this model; use 'reverse_over_reverse' or "
+            f"'auto'. Received: {argument}={method!r}"
+        )
 
 
 def _types(operations: Iterable[Operation]) -> set[str]:
@@ -184,10 +215,6 @@ def refuse_unsupported(
         f"Forward-mode differentiation has no rule for {what}; use "
         f"'reverse_over_reverse' or 'auto'. Received: {argument}={method!r}"
     )
-
-
-# The name it had when loops were all that it refused.
-refuse_loops = refuse_unsupported
 
 
 def refuse_max_pooling(operations: Iterable[Operation]) -> None:

@@ -10,11 +10,13 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _engines
 from keras_lesam import _hessian
 from keras_lesam import _passes
 from keras_lesam._data import Batch
 from keras_lesam._data import row_fractions
 from keras_lesam._data import to_batches
+from keras_lesam._engines import Passes
 
 
 class HessianOperator:
@@ -110,11 +112,11 @@ class HessianOperator:
         verbose: int,
     ) -> None:
         self.model = model
-        prepare(model, batches[0])
+        passes = self._passes = prepare(model, batches[0])
         self._batches = batches
         self._trainable = [*model.trainable_variables]
         self._is_chosen = _choose(model, variables)
-        self._method = choose_method(model, batches[0], method)[0]
+        self._method = choose_method(passes, model, batches[0], method)[0]
         chosen = [*itertools.compress(self._trainable, self._is_chosen)]
         self.shapes = [tuple(v.shape) for v in chosen]
         self.size = sum(int(np.prod(shape)) for shape in self.shapes)
@@ -174,7 +176,9 @@ class HessianOperator:
             tf.cast(tf.reshape(*next(parts)), w.dtype) if is_chosen else None
             for w, is_chosen in zip(weights, self._is_chosen)
         ]
-        scaled = _hessian.product(model, weights, batch, vectors, self._method)
+        scaled = _hessian.product(
+            self._passes, model, weights, batch, vectors, self._method
+        )
         scale = _passes.gradient_scale(model.optimizer)
         products = [
             tf.zeros_like(v) if p is None else p
@@ -185,8 +189,11 @@ class HessianOperator:
         return tf.concat(flat, 0) / tf.cast(scale, self.dtype)
 
 
-def prepare(model: Any, batch: Batch) -> None:
+def prepare(model: Any, batch: Batch) -> Passes:
     """Check a model and create what a first batch creates.
+
+    Returns:
+        The engine of passes that sees all of the model.
 
     Raises:
         TypeError: if `model` is not a Keras model.
@@ -206,7 +213,7 @@ def prepare(model: Any, batch: Batch) -> None:
         )
     _check_inputs(model, batch.x)
     try:
-        _passes.build(model, batch)
+        stock = _passes.build(model, batch)
     except Exception as error:
         # Without targets some losses do: there is nothing to ask them.
         if batch.y is None and getattr(model, "loss", None) is not None:
@@ -221,6 +228,7 @@ def prepare(model: Any, batch: Batch) -> None:
             "`model` has no trainable variables. "
             f"Received: model={model.name!r}"
         )
+    return _engines.choose(model, stock, batch)
 
 
 def widest_dtype(variables: Sequence[Any]) -> str:
@@ -230,12 +238,13 @@ def widest_dtype(variables: Sequence[Any]) -> str:
 
 
 def choose_method(
-    model: keras.Model, batch: Batch, method: str
+    passes: Passes, model: keras.Model, batch: Batch, method: str
 ) -> tuple[str, bool]:
     """Return a method, and whether XLA would get it wrong for this model."""
-    operations = _hessian.operations(model, batch)
     method = _hessian.resolve(method)
-    _hessian.refuse_loops(operations, method, "method")
+    _hessian.refuse_forward_mode(passes, method, "method")
+    operations = _hessian.operations(passes, model, batch)
+    _hessian.refuse_unsupported(operations, method, "method")
     return method, _hessian.has_max_pooling(operations)
 
 

@@ -195,7 +195,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         with tf.init_scope():
             self._build_state()
         self._passes = _engines.choose(self, stock, batch)
-        self._plan.estimator.check(self, batch)
+        self._plan.estimator.check(self._passes, self, batch)
         self._built_for_training = True
 
     def _refuse_stateful_parts(self) -> None:

@@ -100,13 +100,15 @@ def hessian_vector_product(
     """
     _checks.choice("method", method, _hessian.CHOICES)
     batch = to_batch(x, y, sample_weight)
-    prepare(model, batch)
+    passes = prepare(model, batch)
     weights = _passes.read(model.trainable_variables)
     vectors = _check_vectors(vectors, model.trainable_variables)
-    method, xla_is_wrong = choose_method(model, batch, method)
+    method, xla_is_wrong = choose_method(passes, model, batch, method)
     refusals = [_workarounds.refuse_xla()] if xla_is_wrong else []
     with tf.control_dependencies(refusals):
-        scaled = _hessian.product(model, weights, batch, vectors, method)
+        scaled = _hessian.product(
+            passes, model, weights, batch, vectors, method
+        )
     scale = _passes.gradient_scale(model.optimizer)
     products = [
         tf.zeros_like(w) if p is None else p / tf.cast(scale, p.dtype)

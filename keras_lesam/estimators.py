@@ -23,6 +23,7 @@ from keras_lesam import _passes
 from keras_lesam import _vectors
 from keras_lesam import _workarounds
 from keras_lesam._data import Batch
+from keras_lesam._engines import Passes
 from keras_lesam._records import FirstPass
 from keras_lesam._rule import Perturbation
 from keras_lesam._strategy import Strategy
@@ -86,10 +87,11 @@ class CurvatureEstimator(Strategy):
         del first, perturbation, rise
         return state
 
-    def check(self, model: keras.Model, batch: Batch) -> None:
+    def check(self, passes: Passes, model: keras.Model, batch: Batch) -> None:
         """Raise `ValueError` for a model that it would be wrong for.
 
-        Called before the first step, with a compiled and built model.
+        Called before the first step, with a compiled and built model, and the
+        engine of passes that sees all of it.
         """
 
     def supports_jit(self, model: keras.Model) -> bool:
@@ -168,6 +170,7 @@ class Exact(CurvatureEstimator):
         ]
         if self._method == _hessian.FORWARD_OVER_REVERSE:
             products = _hessian.product(
+                first.context.passes,
                 first.context.model,
                 first.weights,
                 first.batch,
@@ -185,10 +188,11 @@ class Exact(CurvatureEstimator):
         """Return False for max pooling."""
         return not _workarounds.has_max_pooling(model)
 
-    def check(self, model: keras.Model, batch: Batch) -> None:
-        """Refuse loops in forward mode, and max pooling under XLA."""
-        operations = _hessian.operations(model, batch)
-        _hessian.refuse_loops(operations, self._method, "hvp_method")
+    def check(self, passes: Passes, model: keras.Model, batch: Batch) -> None:
+        """Refuse what has no second derivative, or a wrong one under XLA."""
+        _hessian.refuse_forward_mode(passes, self._method, "hvp_method")
+        operations = _hessian.operations(passes, model, batch)
+        _hessian.refuse_unsupported(operations, self._method, "hvp_method")
         if model.jit_compile:
             _hessian.refuse_max_pooling(operations)
 

@@ -215,7 +215,7 @@ class _Around:
         batch_size = _checks.integer("batch_size", batch_size, 1)
         self.model = model
         self.batches = to_batches(*data, batch_size)
-        prepare(model, self.batches[0])
+        self._passes = prepare(model, self.batches[0])
         self._dtype = widest_dtype(model.trainable_variables)
         self.directions = [
             _check_direction(model, name, direction, self._dtype)
@@ -258,10 +258,7 @@ class _Around:
                 _passes.read(self.model.trainable_variables), *self.directions
             )
         ]
-        _, loss, _, _ = _passes.forward(
-            self.model, weights, batch, training=False
-        )
-        return loss
+        return self._passes.loss_there(self.model, weights, batch)
 
 
 def plot_line(

@@ -122,7 +122,7 @@ def test_xla_rounds_the_second_derivative_of_max_pooling():
 
 
 def test_forward_mode_has_no_rule_for_loops():
-    """Of layers that keep an array of their steps: `refuse_loops`."""
+    """Of layers that keep an array of their steps: `refuse_unsupported`."""
     layer = keras.layers.SimpleRNN(2)
     x = tf.ones((1, 3, 2))
     layer(x)
