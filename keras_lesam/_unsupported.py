@@ -76,11 +76,8 @@ UNSUPPORTED = frozenset(
 )
 
 
-# What else stands in the way of a second derivative, and why.
-_ELSEWHERE = {
-    "EagerPyFunc": "`tf.py_function`",
-    "PreventGradient": "a gradient that must not be differentiated",
-}
+# Calls of Python, whose gradients are constants; gradients that say so.
+_ELSEWHERE = {"EagerPyFunc", "PreventGradient"}
 _REMEDY = (
     "Use curvature='secant' or 'none' for training, and other layers or "
     "losses where the curvature is to be measured. Received: "
@@ -96,8 +93,7 @@ def refuse(operations: Iterable[Operation]) -> None:
     wrong = [
         f"{o.type} ({o.name!r})"
         for o in operations
-        if (o.type in UNSUPPORTED or o.type in _ELSEWHERE)
-        and MARK not in o.name
+        if o.type in UNSUPPORTED | _ELSEWHERE and MARK not in o.name
     ]
     if wrong:
         raise ValueError(

@@ -20,6 +20,7 @@ from keras_lesam import _unsupported
 from keras_lesam._second_derivatives import twice_differentiable
 from keras_lesam.curvature import hessian_vector_product
 from tests.helpers import constant_lesam
+from tests.helpers import mirrored
 
 RESIZINGS = (
     "bilinear",
@@ -128,14 +129,13 @@ FUNCTIONS = {
     "circle": power(circle),
     "ctc": power(ctc),
 }
-IN_DTYPES = [
+# TensorFlow has a gradient of other resizing in float32 only, but for this.
+OTHERS = {*RESIZINGS, "antialias"} - {*ALL_DTYPES}
+IN_DTYPES = [("bicubic", "float64")] + [
     (name, dtype)
     for name in FUNCTIONS
     for dtype in ("float32", "float64", "float16")
-    if dtype == "float32" or name in ALL_DTYPES or name in FUNCTIONS
-    if not (dtype != "float32" and name in {*RESIZINGS, "antialias"})
-    or name in ALL_DTYPES
-    or (name, dtype) == ("bicubic", "float64")
+    if dtype == "float32" or name not in OTHERS
 ]
 
 
@@ -341,7 +341,7 @@ def test_functions_are_put_back():
         assert not any(a is b for a, b in zip(replaced(), originals))
         with pytest.raises(RuntimeError), twice_differentiable():
             raise RuntimeError
-        assert tf.nn.moments is not originals
+        assert not any(a is b for a, b in zip(replaced(), originals))
     assert replaced() == originals
 
 
@@ -529,13 +529,13 @@ def test_what_has_no_second_derivative_is_refused(name):
     net = image_net(REFUSED[name])
     x = image().astype("float32")
     vectors = [tf.ones(v.shape) for v in net.trainable_variables]
+    weights = net.get_weights()
     for call in (
         lambda: hessian_vector_product(net, x, x, vectors),
         lambda: fit(net, x),
     ):
         with pytest.raises(ValueError, match=rf"second derivative.*{name}"):
             call()
-    weights = net.get_weights()
     for before, after in zip(weights, net.get_weights()):
         np.testing.assert_array_equal(before, after)
 
@@ -666,3 +666,30 @@ def test_the_budget_of_a_quadratic_loss_is_reached(hvp_method, jit_compile):
     y = np.random.default_rng(2).normal(size=(2, 8, 12, 1))
     history = model.fit(image(), y, verbose=0).history
     np.testing.assert_allclose(history["sharpness"], 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hvp_method", ["auto", FORWARD])
+def test_replicas_resize_too(hvp_method):
+    def history(strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            net = keras.Sequential(
+                [
+                    keras.Input((4, 6, 2)),
+                    L.Conv2D(2, 1, activation="softsign"),
+                    L.UpSampling2D(2, interpolation="bilinear"),
+                ]
+            )
+            model = constant_lesam(
+                net,
+                curvature="hvp",
+                hvp_method=hvp_method,
+                perturbation_scope="global",
+            )
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+        y = np.random.default_rng(2).normal(size=(2, 8, 12, 2))
+        fitted = model.fit(image(), y, epochs=2, verbose=0).history
+        return [*fitted["loss"], *fitted["sharpness"]]
+
+    alone = tf.distribute.get_strategy()
+    np.testing.assert_allclose(history(mirrored(2)), history(alone), rtol=1e-4)
