@@ -14,6 +14,8 @@ from keras import layers
 
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
+from keras_lesam import curvature
+from keras_lesam import landscape
 from keras_lesam import rules
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
@@ -189,7 +191,7 @@ def test_it_trains_as_its_open_twin(kind, options):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", [Function, FunctionCall, InACond])
+@pytest.mark.parametrize("kind", [InACond, Closure, PartlyHidden])
 def test_an_exact_curvature_is_that_of_the_open_twin(kind):
     hidden, twin = make(kind), make(Open)
     histories = [
@@ -199,6 +201,69 @@ def test_an_exact_curvature_is_that_of_the_open_twin(kind):
     np.testing.assert_allclose(
         histories[0]["rho"], histories[1]["rho"], rtol=1e-7
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        # Its variance was traced before, without a second derivative.
+        (Function, r"variance would be wrong.*normalization"),
+        (Remat, "no second derivative"),
+    ],
+)
+def test_a_curvature_that_would_be_wrong_is_refused(kind, match):
+    with pytest.raises(ValueError, match=match):
+        fit(constant_lesam(make(kind), 0.1, curvature="hvp"))
+
+
+class Product(Open):
+    def compute(self, x, training):
+        return keras.ops.tanh(x @ self.w)
+
+
+class HiddenProduct(Product):
+    @tf.function
+    def helper(self, x):
+        return self.compute(x, False)
+
+    def call(self, x, training=False):
+        return self.helper(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_curvature_and_landscape_of_what_is_hidden():
+    """By the tools, which are given the model itself or its wrapper."""
+    found = []
+    for kind in (HiddenProduct, Product):
+        net = make(kind)
+        net.compile("sgd", "mse")
+        model = SAMModel(make(kind))
+        model.compile("sgd", "mse")
+        direction = [np.ones(v.shape) for v in net.trainable_variables]
+        found.append(
+            [
+                curvature.top_eigenvalues(net, *data(), k=2, verbose=0),
+                curvature.top_eigenvalues(model, *data(), k=2, verbose=0),
+                landscape.loss_along(
+                    *(net, *data()),
+                    **{"direction": direction, "distances": [0.0, 0.3]},
+                    verbose=0,
+                ),
+            ]
+        )
+        before = make(kind)
+        assert_same_weights(net, before)
+    for hidden, seen in zip(*found):
+        np.testing.assert_allclose(hidden, seen, rtol=1e-6)
+
+
+def test_forward_mode_is_refused_for_what_is_hidden():
+    net = make(HiddenProduct)
+    net.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="does not go by variables"):
+        curvature.top_eigenvalues(
+            net, *data(), method="forward_over_reverse", verbose=0
+        )
 
 
 @EVERY
