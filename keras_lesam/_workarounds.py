@@ -74,17 +74,34 @@ class MultiWorkerModel(keras.Model):
 
 
 class ServableModel(MultiWorkerModel):
-    """A stand-in that `tf.saved_model.save` gives a `serving_default`.
+    """A stand-in that `tf.saved_model.save` and TFLite take for its `model`.
 
-    It is that of the inner `model`. Keras makes one for its own classes, of
-    what they alone know, under a private name:
+    They ask Keras's own classes, by private names, how they are called; of
+    others, TFLite knows the shape that they were built with, and their dtype:
     https://github.com/keras-team/keras/blob/master/keras/src/backend/
-    tensorflow/layer.py
+    tensorflow/layer.py and tensorflow/lite/python/tflite_keras_util.py
     """
 
     @property
     def _default_save_signature(self) -> Any:
         return getattr(self.model, "_default_save_signature", None)
+
+    @property
+    def _build_shapes_dict(self) -> Any:
+        shape = getattr(self.model, "input_shape", None)
+        if shape is None:
+            return self.model._build_shapes_dict
+        return {"input_shape": shape}
+
+    @_build_shapes_dict.setter
+    def _build_shapes_dict(self, value: Any) -> None:
+        """Leave it to the model inside."""
+
+    @property
+    def input_dtype(self) -> str:
+        """Dtype of the input, where there is one."""
+        dtypes = {x.dtype for x in getattr(self.model, "inputs", None) or ()}
+        return dtypes.pop() if len(dtypes) == 1 else self.model.input_dtype
 
 
 # What `compile` was called with. Keras has it for configs, serialized.
