@@ -6,9 +6,7 @@ be reconciled with a wrapper that trains it in another way); none is silently
 ignored.
 """
 
-import functools
 import inspect
-from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +14,11 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _passes
+from keras_lesam import _tasks
 from keras_lesam import _workarounds
 from keras_lesam._data import Batch
+from keras_lesam._standin import StandIn
+from keras_lesam._standin import signature_of
 
 # They decide what a step does, which is what the wrapper is there to decide.
 _REFUSED = (
@@ -38,26 +39,8 @@ _REFUSED = (
 _DELEGATED = ("compute_loss", "compute_metrics")
 
 
-def signature_of(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a method that forwards all its arguments another's signature.
-
-    So that notebooks complete the arguments of `fit`, of whichever version of
-    Keras is installed.
-    """
-
-    def decorate(forwarding: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forwarding)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return forwarding(*args, **kwargs)
-
-        wrapped.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
-        return wrapped
-
-    return decorate
-
-
-class DelegatingModel(_workarounds.MultiWorkerModel):
-    """A model that is another one to all who look at it.
+class DelegatingModel(StandIn):
+    """A model that is another one to all who look at it, and trains it.
 
     Trained by itself, it trains the other one as that would train itself.
 
@@ -78,17 +61,7 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
         _check_model(model)
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`name` must be a string. Received: name={name!r}")
-        # The inner model's policy: it decides whether `compile` scales the
-        # loss. No autocast: what comes in is for the inner model to cast.
-        super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
-        self.model = model
-        if model.built:
-            self.built = True
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Return the inner model's outputs."""
-        del training  # The inner model sees it in the call's context.
-        return self.model(inputs)
+        super().__init__(model, name)
 
     def compute_loss(
         self,
@@ -102,7 +75,8 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
         if not has_own_loss_or_metrics(self.model):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         batch = Batch(x, y, sample_weight)
-        return _passes.compute_loss(self.model, batch, y_pred, training)
+        with self._lent_optimizer():
+            return _passes.compute_loss(self.model, batch, y_pred, training)
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
@@ -110,7 +84,8 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
         """Update and return the metrics; the inner model's, if it has any."""
         if not has_own_loss_or_metrics(self.model):
             return super().compute_metrics(x, y, y_pred, sample_weight)
-        results = self.model.compute_metrics(x, y, y_pred, sample_weight)
+        with self._lent_optimizer():
+            results = self.model.compute_metrics(x, y, y_pred, sample_weight)
         return {**results, **self.get_metrics_result()}
 
     def test_step(self, data: Any) -> Any:
@@ -119,7 +94,8 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
 
     def predict_step(self, data: Any) -> Any:
         """Take the inner model's."""
-        return self.model.predict_step(data)
+        with self._lent_optimizer():
+            return self.model.predict_step(data)
 
     @property
     def metrics(self) -> list[Any]:
@@ -135,11 +111,6 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
         if has_own_loss_or_metrics(self.model):
             self.model.reset_metrics()
 
-    @property
-    def output_names(self) -> Any:
-        """Names of the inner model's outputs, for dicts of losses."""
-        return self.model.output_names
-
     @signature_of(keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile as `keras.Model.compile`, for the inner model's precision.
@@ -152,30 +123,83 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
                 accumulation, several steps per execution, XLA.
         """
         stock = super().compile
+        is_task = _tasks.preprocesses(self.model)
+        if is_task:
+            # With the defaults of the task, of which it needs some itself.
+            kwargs = _tasks.compile_arguments(self.model, args, kwargs)
+            args = ()
         given = inspect.signature(stock).bind(*args, **kwargs).arguments
         _workarounds.refuse_limits_of_keras(self.distribute_strategy, given)
         stock(*args, **kwargs)
-        if has_own_loss_or_metrics(self.model):
+        if has_own_loss_or_metrics(self.model) and not is_task:
             _compile_along(self.model, given)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the model in a saved file was compiled."""
         config = keras.saving.deserialize_keras_object(config)
+        if _tasks.preprocesses(self.model):
+            config = _tasks.without_own_loss(self.model, config)
         self.compile(**config)
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    @signature_of(keras.Model.export)
-    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Export the inner model, as `keras.Model.export` would.
+    @signature_of(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.fit`; a task of KerasHub on raw data."""
+        self._require_compile("fit")
+        args, kwargs = _tasks.prepared(self.model, "fit", args, kwargs)
+        return super().fit(*args, **kwargs)
 
-        The artifact has its input names and needs neither this package nor
-        Keras to serve.
-        """
-        return self.model.export(filepath, *args, **kwargs)
+    @signature_of(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate`; a task of KerasHub on raw data."""
+        self._require_compile("evaluate")
+        args, kwargs = _tasks.prepared(self.model, "evaluate", args, kwargs)
+        return super().evaluate(*args, **kwargs)
+
+    @signature_of(keras.Model.predict)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as `keras.Model.predict`; a task of KerasHub on raw data."""
+        args, kwargs = _tasks.prepared(self.model, "predict", args, kwargs)
+        return super().predict(*args, **kwargs)
+
+    @signature_of(keras.Model.train_on_batch)
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.train_on_batch`; a task of KerasHub on raw data."""
+        self._require_compile("train_on_batch")
+        args, kwargs = _tasks.prepared(
+            self.model, "train_on_batch", args, kwargs
+        )
+        return super().train_on_batch(*args, **kwargs)
+
+    @signature_of(keras.Model.test_on_batch)
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Test as `keras.Model.test_on_batch`; a task of KerasHub on raw data."""
+        self._require_compile("test_on_batch")
+        args, kwargs = _tasks.prepared(
+            self.model, "test_on_batch", args, kwargs
+        )
+        return super().test_on_batch(*args, **kwargs)
+
+    @signature_of(keras.Model.predict_on_batch)
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as `keras.Model.predict_on_batch`; a task of KerasHub on raw data."""
+        args, kwargs = _tasks.prepared(
+            self.model, "predict_on_batch", args, kwargs
+        )
+        return super().predict_on_batch(*args, **kwargs)
+
+    def _require_compile(self, method: str) -> None:
+        if not self.compiled:
+            raise ValueError(
+                "You must call `compile()` of the wrapper, this "
+                f"{type(self).__name__}, before `{method}()`; that the model "
+                "inside was compiled does not count."
+            )
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor, serialized."""
+        _workarounds.refuse_state_in_hdf5(self, self.model)
         return {"model": _serialize(self.model), "name": self.name}
 
     @classmethod
@@ -195,15 +219,6 @@ class DelegatingModel(_workarounds.MultiWorkerModel):
                 for key, value in config.items()
             }
         )
-
-    def get_build_config(self) -> None:
-        """Return nothing: the inner model knows how it was built."""
-        return
-
-    def build_from_config(self, config: Any) -> None:
-        """Count as built when the inner model is."""
-        del config
-        self.built = self.model.built
 
 
 def overrides(model: keras.Model, method: str) -> bool:
@@ -233,10 +248,12 @@ def _check_model(model: Any) -> None:
         )
     _refuse_custom_steps(model)
     # A model that is not built yet will be, in the scope of the wrapper.
-    is_replicated = _passes.replicas() > 1
+    strategy = tf.distribute.get_strategy()
     for variable in model.variables[:1]:
-        made = isinstance(variable.value, tf.distribute.DistributedValues)
-        if made != is_replicated:
+        made = getattr(variable.value, "distribute_strategy", None)
+        if made is None and strategy.num_replicas_in_sync == 1:
+            continue
+        if made is not strategy:
             raise ValueError(
                 "`model` and its wrapper must be made in the same "
                 "`strategy.scope()`. Received: a model made "
@@ -247,7 +264,11 @@ def _check_model(model: Any) -> None:
 
 def _refuse_custom_steps(model: keras.Model) -> None:
     """Raise `ValueError` if the model overrides what the wrapper must do."""
-    refused = [name for name in _REFUSED if overrides(model, name)]
+    refused = [
+        name
+        for name in _REFUSED
+        if overrides(model, name) and not _tasks.only_preprocesses(model, name)
+    ]
     if refused:
         raise ValueError(
             "`model` has training logic of its own, which a step of two "

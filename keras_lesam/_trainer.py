@@ -89,6 +89,8 @@ class SharpnessAwareTrainer(DelegatingModel):
             return self._plain_train_step(data)
         batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
         self._build_for_training(batch)
+        if self._is_plain:
+            return self._plain_train_step(data)
         context = self._step_context()
         inputs = self._step_inputs(context)
         gradients, states, statistics, logs = self._plan.ascent.run(
@@ -122,8 +124,10 @@ class SharpnessAwareTrainer(DelegatingModel):
 
         Each is traced once, whatever the budget is assigned in between.
         """
-        if force:
+        if force or self.train_function is None:
+            # What it was traced for may have changed: layers, weights.
             self._train_functions.clear()
+            self._built_for_training = False
         is_zero = self._plan.budget.is_zero
         self.train_function = self._train_functions.get(is_zero)
         super().make_train_function(force)
@@ -186,6 +190,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         if not tf.executing_eagerly():
             _workarounds.refuse_rematerialized_layers(self.model)
         stock = _passes.build(self, batch)
+        if not self.trainable_variables:
+            return
         if not any(self._perturb_mask()):
             raise ValueError(
                 "`perturb` selects none of the trainable variables. "
@@ -265,11 +271,11 @@ class SharpnessAwareTrainer(DelegatingModel):
             for v in self.trainable_variables
         ]
 
-    def save_own_variables(self, store: Any) -> None:
+    def _save_state(self, store: Any) -> None:
         """Save what steps have told the next, by name."""
         self._state.save(store)
 
-    def load_own_variables(self, store: Any) -> None:
+    def _load_state(self, store: Any) -> None:
         """Load what steps have told the next; a file may have none of it."""
         # The inner model may have been built since, by a first batch.
         self._build_state()

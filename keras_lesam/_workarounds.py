@@ -72,6 +72,73 @@ class MultiWorkerModel(keras.Model):
         super()._maybe_symbolic_build(iterator, data_batch)
 
 
+class ServableModel(MultiWorkerModel):
+    """A stand-in that `tf.saved_model.save` and TFLite take for its `model`.
+
+    They ask Keras's own classes, by private names, how they are called; of
+    others, TFLite knows the shape that they were built with, and their dtype:
+    https://github.com/keras-team/keras/blob/master/keras/src/backend/
+    tensorflow/layer.py and tensorflow/lite/python/tflite_keras_util.py
+    """
+
+    @property
+    def _default_save_signature(self) -> Any:
+        return getattr(self.model, "_default_save_signature", None)
+
+    @property
+    def _build_shapes_dict(self) -> Any:
+        shape = getattr(self.model, "input_shape", None)
+        if shape is None:
+            return self.model._build_shapes_dict
+        return {"input_shape": shape}
+
+    @_build_shapes_dict.setter
+    def _build_shapes_dict(self, value: Any) -> None:
+        """Leave it to the model inside."""
+
+    @property
+    def input_dtype(self) -> str:
+        """Dtype of the input, where there is one."""
+        dtypes = {x.dtype for x in getattr(self.model, "inputs", None) or ()}
+        return dtypes.pop() if len(dtypes) == 1 else self.model.input_dtype
+
+
+# What `compile` was called with. Keras has it for configs, serialized.
+COMPILE_CONFIG = ("_compile_config",)
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """Return what a model was compiled with: optimizer, loss and all.
+
+    `get_compile_config` is public and has copies of them.
+    """
+    return dict(vars(model)[COMPILE_CONFIG[0]].config)
+
+
+def refuse_state_in_hdf5(model: keras.Model, inner: keras.Model) -> None:
+    """Refuse to save a wrapper with a state in the legacy HDF5 format.
+
+    Keras compares variables by value there, and fails as soon as a model has
+    two of its own:
+    https://github.com/keras-team/keras/blob/master/keras/src/legacy/saving/
+    legacy_h5_format.py. It is seen by the configs of layers, which have no
+    module in that format.
+
+    Raises:
+        ValueError: if that is what the model is being saved for.
+    """
+    if len(model.weights) == len(inner.weights):
+        return
+    layer = keras.layers.Flatten(name="layer")
+    config = keras.Sequential([layer], name="probe").get_config()
+    if "module" not in config["layers"][0]:
+        raise ValueError(
+            f"The state that {model.name!r} is training with cannot be saved "
+            "in the legacy HDF5 format: save it as `.keras`, or the model "
+            "inside, `.model`, as HDF5."
+        )
+
+
 def reducible(logs: Any) -> Any:
     """Reshape logs so that Keras can take their mean over workers.
 
