@@ -179,8 +179,9 @@ def test_without_a_preprocessor():
     wrapper = LESAMModel(net, 0.0)
     wrapper.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
     plain.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
-    assert fit(plain, (x, labels()))["loss"] == (
-        fit(wrapper, (x, labels()))["loss"]
+    assert (
+        fit(plain, (x, labels()))["loss"]
+        == (fit(wrapper, (x, labels()))["loss"])
     )
     assert_same_weights(net, plain)
 

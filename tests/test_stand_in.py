@@ -63,7 +63,7 @@ def annealed():
 
 # What `keras.Model` offers, name by name.
 
-SAME = """
+_SAME = """
 add_metric compute_dtype compute_mask
 compute_output_shape compute_output_spec count_params dtype dtype_policy
 get_build_config get_layer get_quantization_layer_structure get_weights input
@@ -71,11 +71,13 @@ layers losses non_trainable_variables non_trainable_weights output
 quantization_mode quantized_build rematerialized_call set_weights summary
 supports_masking trainable trainable_variables trainable_weights
 variable_dtype variables weights symbolic_call stateless_call
-""".split()
+"""
+SAME = _SAME.split()
 
 DIFFERENT = {
     "training is the wrapper's": """
-        compile compile_from_config compiled_loss compiled_metrics compute_loss compute_metrics evaluate fit
+        compile compile_from_config compiled_loss compiled_metrics
+        compute_loss compute_metrics evaluate fit
         get_compile_config get_metrics_result loss make_predict_function
         make_test_function make_train_function metrics metrics_names
         metrics_variables predict predict_on_batch predict_step reset_metrics
@@ -131,11 +133,13 @@ CALLS = {
     "get_quantization_layer_structure": lambda m: (
         m.get_quantization_layer_structure("gptq")
     ),
-    "stateless_call": lambda m: m.stateless_call(
-        m.trainable_variables, m.non_trainable_variables, np.ones((2, 6))
-    )[0]
-    .numpy()
-    .tolist(),
+    "stateless_call": lambda m: (
+        m.stateless_call(
+            m.trainable_variables, m.non_trainable_variables, np.ones((2, 6))
+        )[0]
+        .numpy()
+        .tolist()
+    ),
     "add_metric": lambda m: m.add_metric("anything"),
     "quantized_build": lambda m: m.quantized_build((5, 6), "int8"),
 }
@@ -238,7 +242,7 @@ class Plain(Annealed):
 def test_a_callback_assigns_to_a_variable_of_the_model(cls, callback):
     x, y = classification_data()
     nets = [annealed(), annealed()]
-    for net, model in zip(nets, (nets[0], LESAMModel(nets[1], 0.0))):
+    for model in (nets[0], LESAMModel(nets[1], 0.0)):
         model.compile("sgd", crossentropy())
         model.fit(
             *(x, y),
@@ -371,7 +375,7 @@ class ResetState(keras.callbacks.Callback):
 def test_a_callback_that_walks_over_the_layers():
     x, y = classification_data(rows=32, shape=(8, 8, 1))
     nets = [noisy_net(), noisy_net()]
-    for net, model in zip(nets, (nets[0], LESAMModel(nets[1], 0.0))):
+    for model in (nets[0], LESAMModel(nets[1], 0.0)):
         model.compile("sgd", crossentropy())
         keras.utils.set_random_seed(1)
         model.fit(x, y, epochs=3, verbose=0, callbacks=[ResetState()])
@@ -453,9 +457,7 @@ def test_masks_that_inputs_carry():
     wrapper = LESAMModel(net)
     np.testing.assert_array_equal(wrapper(tokens), net(tokens))
     masked = LESAMModel(inner)(tokens)
-    np.testing.assert_array_equal(
-        masked._keras_mask, inner(tokens)._keras_mask
-    )
+    np.testing.assert_array_equal(masked._keras_mask, inner(tokens)._keras_mask)
 
 
 def test_in_another_model():
@@ -663,11 +665,11 @@ def test_the_scope_of_a_strategy(name):
 def test_outside_of_the_scope():
     with STRATEGIES["central storage"]().scope():
         net = dense_net()
-    with pytest.raises(ValueError, match="same `strategy.scope"):
+    with pytest.raises(ValueError, match="in the same `strategy"):
         LESAMModel(net)
     net = dense_net()
     with (
         STRATEGIES["central storage"]().scope(),
-        pytest.raises(ValueError, match="same `strategy.scope"),
+        pytest.raises(ValueError, match="in the same `strategy"),
     ):
         LESAMModel(net)
