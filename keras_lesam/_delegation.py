@@ -145,27 +145,27 @@ class DelegatingModel(StandIn):
 
     @signature_of(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.fit`; a task of KerasHub on raw data."""
+        """Train as `keras.Model.fit`, on raw data for a task."""
         self._require_compile("fit")
         args, kwargs = _tasks.prepared(self.model, "fit", args, kwargs)
         return super().fit(*args, **kwargs)
 
     @signature_of(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `keras.Model.evaluate`; a task of KerasHub on raw data."""
+        """Evaluate as `keras.Model.evaluate`, on raw data for a task."""
         self._require_compile("evaluate")
         args, kwargs = _tasks.prepared(self.model, "evaluate", args, kwargs)
         return super().evaluate(*args, **kwargs)
 
     @signature_of(keras.Model.predict)
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as `keras.Model.predict`; a task of KerasHub on raw data."""
+        """Predict as `keras.Model.predict`, on raw data for a task."""
         args, kwargs = _tasks.prepared(self.model, "predict", args, kwargs)
         return super().predict(*args, **kwargs)
 
     @signature_of(keras.Model.train_on_batch)
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.train_on_batch`; a task of KerasHub on raw data."""
+        """Train as `keras.Model.train_on_batch`, on raw data for a task."""
         self._require_compile("train_on_batch")
         args, kwargs = _tasks.prepared(
             self.model, "train_on_batch", args, kwargs
@@ -174,7 +174,7 @@ class DelegatingModel(StandIn):
 
     @signature_of(keras.Model.test_on_batch)
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Test as `keras.Model.test_on_batch`; a task of KerasHub on raw data."""
+        """Test as `keras.Model.test_on_batch`, on raw data for a task."""
         self._require_compile("test_on_batch")
         args, kwargs = _tasks.prepared(
             self.model, "test_on_batch", args, kwargs
@@ -183,7 +183,7 @@ class DelegatingModel(StandIn):
 
     @signature_of(keras.Model.predict_on_batch)
     def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as `keras.Model.predict_on_batch`; a task of KerasHub on raw data."""
+        """Predict as `keras.Model.predict_on_batch`, raw data for a task."""
         args, kwargs = _tasks.prepared(
             self.model, "predict_on_batch", args, kwargs
         )

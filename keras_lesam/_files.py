@@ -6,6 +6,7 @@ has the state of its training besides. Files of version 0.1 have all of the
 inner model under `layers/<its class>`.
 """
 
+import io
 import os
 import re
 import zipfile
@@ -78,9 +79,9 @@ def is_of_wrapper(filepath: Any, model: keras.Model) -> bool:
         with zipfile.ZipFile(path) as archive:
             if "model.weights.h5" not in archive.namelist():
                 return True
-            with archive.open("model.weights.h5") as weights:
-                with h5py.File(weights, "r") as file:
-                    return STATE in file or is_of_0_1(file, model)
+            weights = io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(weights, "r") as file:
+            return STATE in file or is_of_0_1(file, model)
     with h5py.File(path, "r") as file:
         return STATE in file or is_of_0_1(file, model)
 

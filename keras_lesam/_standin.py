@@ -69,7 +69,7 @@ class StandIn(_workarounds.ServableModel):
     def __init__(self, model: keras.Model, name: str | None) -> None:
         if type(self).call is StandIn.call:
             # Before Keras looks: it goes by the names of the arguments.
-            vars(self)["call"] = _with_signature(self.call, model.call)
+            self.__dict__["call"] = _with_signature(self.call, model.call)
         # The inner model's policy: it decides whether `compile` scales the
         # loss. No autocast: what comes in is for the inner model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
@@ -218,7 +218,7 @@ class StandIn(_workarounds.ServableModel):
         """
         if self.built:
             return
-        if input_shape is not None:
+        if input_shape is not None or not shapes:
             args = (input_shape, *args)
         if type(self.model).build is keras.Model.build:
             _build_by_call(self.model, args, shapes)
@@ -380,4 +380,4 @@ def _build_by_call(
             f"The model {model.name!r} cannot be built by shapes alone; call "
             f"it on a batch. Received: {(*shapes, *by_name.items())}"
         ) from error
-    model.build(*(shapes or by_name.values())[:1] or (None,))
+    model.build([*shapes, *by_name.values()][0])

@@ -63,7 +63,7 @@ def annealed():
 
 # What `keras.Model` offers, name by name.
 
-SAME = """
+_SAME = """
 add_metric compute_dtype compute_mask
 compute_output_shape compute_output_spec count_params dtype dtype_policy
 get_build_config get_layer get_quantization_layer_structure get_weights input
@@ -71,11 +71,13 @@ layers losses non_trainable_variables non_trainable_weights output
 quantization_mode quantized_build rematerialized_call set_weights summary
 supports_masking trainable trainable_variables trainable_weights
 variable_dtype variables weights symbolic_call stateless_call
-""".split()
+"""
+SAME = _SAME.split()
 
 DIFFERENT = {
     "training is the wrapper's": """
-        compile compile_from_config compiled_loss compiled_metrics compute_loss compute_metrics evaluate fit
+        compile compile_from_config compiled_loss compiled_metrics
+        compute_loss compute_metrics evaluate fit
         get_compile_config get_metrics_result loss make_predict_function
         make_test_function make_train_function metrics metrics_names
         metrics_variables predict predict_on_batch predict_step reset_metrics
@@ -240,7 +242,7 @@ class Plain(Annealed):
 def test_a_callback_assigns_to_a_variable_of_the_model(cls, callback):
     x, y = classification_data()
     nets = [annealed(), annealed()]
-    for net, model in zip(nets, (nets[0], LESAMModel(nets[1], 0.0))):
+    for model in (nets[0], LESAMModel(nets[1], 0.0)):
         model.compile("sgd", crossentropy())
         model.fit(
             *(x, y),
@@ -373,7 +375,7 @@ class ResetState(keras.callbacks.Callback):
 def test_a_callback_that_walks_over_the_layers():
     x, y = classification_data(rows=32, shape=(8, 8, 1))
     nets = [noisy_net(), noisy_net()]
-    for net, model in zip(nets, (nets[0], LESAMModel(nets[1], 0.0))):
+    for model in (nets[0], LESAMModel(nets[1], 0.0)):
         model.compile("sgd", crossentropy())
         keras.utils.set_random_seed(1)
         model.fit(x, y, epochs=3, verbose=0, callbacks=[ResetState()])
@@ -663,11 +665,11 @@ def test_the_scope_of_a_strategy(name):
 def test_outside_of_the_scope():
     with STRATEGIES["central storage"]().scope():
         net = dense_net()
-    with pytest.raises(ValueError, match="same `strategy.scope"):
+    with pytest.raises(ValueError, match="in the same `strategy"):
         LESAMModel(net)
     net = dense_net()
     with (
         STRATEGIES["central storage"]().scope(),
-        pytest.raises(ValueError, match="same `strategy.scope"),
+        pytest.raises(ValueError, match="in the same `strategy"),
     ):
         LESAMModel(net)
