@@ -186,7 +186,7 @@ LAYERS = {
     "RandomErasing": (IMAGE, augment("RandomErasing", **RANGE)),
     "RandomFlip": (IMAGE, augment("RandomFlip")),
     "RandomGaussianBlur": (IMAGE, augment("RandomGaussianBlur", **RANGE)),
-    "RandomGrayscale": (IMAGE, augment("RandomGrayscale")),
+    "RandomGrayscale": (IMAGE, lambda h: Inside(L.RandomGrayscale())(h)),
     "RandomHue": (IMAGE, augment("RandomHue", 0.3, (0, 1))),
     "RandomInvert": (IMAGE, augment("RandomInvert", **RANGE)),
     "RandomPerspective": (IMAGE, augment("RandomPerspective")),
