@@ -159,7 +159,9 @@ def test_two_passes_of_no_distance_are_plain_fit(kind, mode):
     fit(plain, **mode)
     model = SAMModel(net, rules.SAM(1e-30))
     history = fit(model, **mode)
-    assert is_in_place(model)
+    # What closes over a tensor is seen where it runs eagerly.
+    seen = mode and kind in (Closure, PartlyHidden)
+    assert is_in_place(model) == (not seen)
     assert_close_weights(net, plain, atol=1e-6)
     assert max(np.abs(history["sharpness"])) == 0.0
 
