@@ -187,6 +187,20 @@ class _Guard:
 Passes = StatelessPasses | InPlacePasses
 
 
+@contextlib.contextmanager
+def recovering(passes: Callable[[], Passes]) -> Iterator[None]:
+    """Put back what is moved if an exception ends the context.
+
+    Args:
+        passes: Function that returns the engine, which may be chosen inside.
+    """
+    try:
+        yield
+    except BaseException:
+        passes().recover()
+        raise
+
+
 def choose(
     model: keras.Model, stock: _inspection.StockPass | None, batch: Batch
 ) -> Passes:

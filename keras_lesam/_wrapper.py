@@ -15,6 +15,7 @@ from keras_lesam import budgets
 from keras_lesam import rules
 from keras_lesam._delegation import DelegatingModel
 from keras_lesam._delegation import signature_of
+from keras_lesam._engines import recovering
 from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import ScheduleProgress
@@ -126,10 +127,11 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
                 shares of a training of unknown length: the number of steps in
                 an epoch is unknown and `total_steps` was not given.
         """
-        stock = self._recovering(super().fit)
+        stock = super().fit
         if self._has_length:
-            return stock(*args, **kwargs)
-        bound = inspect.signature(super().fit).bind(*args, **kwargs)
+            with recovering(lambda: self._passes):
+                return stock(*args, **kwargs)
+        bound = inspect.signature(stock).bind(*args, **kwargs)
         callbacks = bound.arguments.get("callbacks")
         warn_of_early_stopping(callbacks, self.budget)
         bound.arguments["callbacks"] = with_callback(
@@ -139,7 +141,8 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
         )
         self._is_fitting = True
         try:
-            return stock(*bound.args, **bound.kwargs)
+            with recovering(lambda: self._passes):
+                return stock(*bound.args, **bound.kwargs)
         finally:
             self._is_fitting = False
 
@@ -153,19 +156,8 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
         """
         if not (self._has_length or self.budget.is_zero):
             raise ValueError(NO_LENGTH)
-        return self._recovering(super().train_on_batch)(*args, **kwargs)
-
-    def _recovering(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `train` so that after an exception no weight is moved."""
-
-        def recovering(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return train(*args, **kwargs)
-            except BaseException:
-                self._passes.recover()
-                raise
-
-        return recovering
+        with recovering(lambda: self._passes):
+            return super().train_on_batch(*args, **kwargs)
 
     @signature_of(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
