@@ -20,8 +20,11 @@ STATE = "_saved_state"
 _FORMATS = (".weights.h5", ".weights.json", ".keras")
 
 
-class SavedState(keras.Operation):
+class SavedState(keras.losses.Loss):
     """What Keras saves the state of a wrapper's training by.
+
+    It is no loss: that is but what Keras, from 3.10 on, saves as an attribute
+    and does not track as a layer or a metric.
 
     Args:
         wrapper: A `StandIn`.
