@@ -15,6 +15,7 @@ from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._data import Batch
+from keras_lesam._engines import StatelessPasses
 from keras_lesam._gradients import Gradients
 from keras_lesam._gradients import Scales
 from keras_lesam._records import StepContext
@@ -37,6 +38,7 @@ def context(rule, **options):
     net.compile(keras.optimizers.SGD(0.1), "mse")
     defaults = {
         "model": net,
+        "passes": StatelessPasses(),
         "rule": rule,
         "budget": budgets.Constant(0.5),
         "estimator": estimators.FirstOrder(),
