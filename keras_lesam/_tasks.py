@@ -85,6 +85,9 @@ def prepared(
     if not given.get("_use_cached_eval_dataset", False):
         is_batch = method.endswith("_on_batch")
         given.update((_batch if is_batch else _datasets)(model, given))
+    # Targets that a language model has made of `x` are not for all.
+    for name in {"y", "sample_weight"} - set(signature.parameters):
+        given.pop(name, None)
     return (), given
 
 
