@@ -20,8 +20,11 @@ STATE = "_saved_state"
 _FORMATS = (".weights.h5", ".weights.json", ".keras")
 
 
-class SavedState(keras.Operation):
+class SavedState(keras.losses.Loss):
     """What Keras saves the state of a wrapper's training by.
+
+    A `Loss` because Keras saves those, in all versions, and counts them among
+    neither layers nor metrics.
 
     Args:
         wrapper: A `StandIn`.
