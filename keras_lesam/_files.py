@@ -23,8 +23,8 @@ _FORMATS = (".weights.h5", ".weights.json", ".keras")
 class SavedState(keras.losses.Loss):
     """What Keras saves the state of a wrapper's training by.
 
-    It is no loss: that is but what Keras, from 3.10 on, saves as an attribute
-    and does not track as a layer or a metric.
+    A `Loss` because Keras saves those, in all versions, and counts them among
+    neither layers nor metrics.
 
     Args:
         wrapper: A `StandIn`.
