@@ -128,7 +128,7 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
 
 def _by_handle(stock: StockPass, variables: list[Any]) -> dict[str, Any]:
     """Return the variables by the names of the handles that the graph uses."""
-    known = {id(v.value.handle): v for v in variables if _has_handle(v)}
+    known = {id(h): v for v in variables for h in _handles(v.value)}
     return {
         internal.name: known[id(external)]
         for external, internal in stock.graph.captures
@@ -136,8 +136,16 @@ def _by_handle(stock: StockPass, variables: list[Any]) -> dict[str, Any]:
     }
 
 
-def _has_handle(variable: Any) -> bool:
-    return hasattr(variable.value, "handle")
+def _handles(value: Any) -> list[Any]:
+    """Return the handles of a variable: of its copies, outside of a replica."""
+    copies = [value]
+    if (
+        isinstance(value, tf.distribute.DistributedValues)
+        and tf.distribute.in_cross_replica_context()
+    ):
+        strategy = tf.distribute.get_strategy()
+        copies = list(strategy.experimental_local_results(value))
+    return [copy.handle for copy in copies if hasattr(copy, "handle")]
 
 
 def _variables_of(operation: Any, by_handle: dict[str, Any]) -> list[Any]:
