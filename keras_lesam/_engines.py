@@ -59,6 +59,12 @@ class StatelessPasses:
         del model
         return weights
 
+    def looking_again(
+        self, point: LossAndGradients
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let losses be computed once more after a pass, and write nothing."""
+        return _passes.looking_again(point)
+
     def recover(self) -> None:
         """Put back what a pass that failed has left: nothing."""
 
@@ -119,6 +125,13 @@ class InPlacePasses:
         """Return what gradients of a pass are taken by: the variables."""
         del weights
         return [v.value for v in model.trainable_variables]
+
+    def looking_again(
+        self, point: LossAndGradients
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let losses be computed once more after a pass; put state back."""
+        del point  # The layers have what was given to `add_loss`.
+        return self._state_guard.restoring()
 
     def recover(self) -> None:
         """Put back what a pass that failed has left moved."""

@@ -31,10 +31,12 @@ class StockPass(NamedTuple):
     Attributes:
         graph: A `tf.Graph` that was never run.
         operations: Its operations up to the loss, without the metrics'.
+        outputs: What the model returned.
     """
 
     graph: Any
     operations: list[Any]
+    outputs: Any = None
 
 
 class Findings(NamedTuple):
@@ -75,10 +77,12 @@ def trace_stock_pass(
             inference, without loss and metrics, in which nothing is written.
     """
     operations: list[Any] = []
+    returned: list[Any] = []
 
     # The batch is an argument: of constants a branch would be taken at once.
     def touch(batch: Batch) -> None:
         outputs = model(batch.x, training=training)
+        returned.append(outputs)
         if training:
             compute_loss(model, batch, outputs, training=True)
         graph = tf.compat.v1.get_default_graph()
@@ -90,7 +94,7 @@ def trace_stock_pass(
 
     function = tf.function(touch, autograph=False)
     graph = function.get_concrete_function(batch).graph
-    return StockPass(graph, operations)
+    return StockPass(graph, operations, returned[-1])
 
 
 def inspect(model: keras.Model, stock: StockPass) -> Findings:

@@ -4,12 +4,15 @@ import dataclasses
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _reference
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
+from keras_lesam._records import States
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,29 @@ class TrainingPlan:
         plan._check_together()
         return plan
 
+    def init_state(
+        self, weights: rules.Weights, outputs: Any, dtype: Any
+    ) -> States:
+        """Return the state of each component before the first step.
+
+        Args:
+            weights: The weights of the model.
+            outputs: A `tf.TensorSpec` of each output; `None`: not known yet.
+            dtype: Of all scalars.
+        """
+        is_remembered = not self.ascent.makes_plain_pass and (
+            self.budget.needs_reference or _goes_by_losses(self.budget)
+        )
+        return {
+            "budget": self.budget.init_state(),
+            "curvature": self.estimator.init_state(dtype),
+            "ascent": self.ascent.init_state(weights),
+            "rule": self.rule.init_state(weights),
+            "reference": _reference.init_state(
+                self.budget, is_remembered, outputs, dtype
+            ),
+        }
+
     def _check_together(self) -> None:
         self.ascent.check(self.rule, self.budget, self.estimator)
         is_first_order = isinstance(self.estimator, estimators.FirstOrder)
@@ -61,6 +87,13 @@ class TrainingPlan:
                 "The radius of this rule does not go by the curvature: leave "
                 "`curvature` at 'none', or use rules.LossEquated. Received: "
                 f"curvature={self.estimator!r}, rule={self.rule!r}"
+            )
+        if self.budget.is_in_loss_units and isinstance(self.rule, rules.SAM):
+            raise ValueError(
+                "This budget is a rise of the loss, and that of this rule a "
+                "radius: use rules.LossEquated, or limit the rise by "
+                "budgets.Constant(guard=0.5). Received: "
+                f"budget={self.budget!r}, rule={self.rule!r}"
             )
         own = getattr(self.rule, "rho", None)
         amount = budgets.amount_of(self.budget)
@@ -101,6 +134,12 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
             f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
         )
     return budget.replace(sigma=amount)
+
+
+def _goes_by_losses(budget: budgets.Budget) -> bool:
+    """Whether a budget has no answer before the first pass of a step."""
+    start = budgets.Progress(tf.zeros((), tf.int64), tf.zeros(()))
+    return budget(start, None, budget.init_state()) is None
 
 
 def _are_equal(own: Any, amount: Any) -> bool:

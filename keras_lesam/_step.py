@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_lesam import _data
 from keras_lesam import _host_random
 from keras_lesam import _passes
+from keras_lesam import _reference
 from keras_lesam import _vectors
 from keras_lesam import estimators
 from keras_lesam._data import Batch
@@ -111,17 +112,25 @@ def memory_step(
     model = context.model
     weights = _passes.read(model.trainable_variables)
     means = inputs.states["ascent"]["mean"]
-    if inputs.budget is None:
-        raise ValueError("The budget needs a pass at the weights.")
-    budget = inputs.spendable(inputs.budget)
-    perturbation = context.rule.perturb(
-        means, weights, budget, inputs.states["rule"]
+    losses = _reference.remembered(inputs)
+    limit = _limit(context, losses)
+    budget = inputs.spendable(_allowed(context, inputs, losses, limit))
+    perturbation = context.rule.limit(
+        context.rule.perturb(means, weights, budget, inputs.states["rule"]),
+        None,
+        limit,
     )
     point = context.passes.there(
         model, _moved(weights, perturbation), batch, inputs.model_state
     )
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
+    states = {**inputs.states, "ascent": {"mean": mean}}
+    losses, states["reference"] = _reference.measure(
+        context, inputs, batch, point
+    )
+    if losses is not None:
+        states["budget"] = context.budget.update(losses, states["budget"])
     point = _without_bad_gradients(context, point)
     return Step(
         gradients=point.gradients,
@@ -130,7 +139,7 @@ def memory_step(
         outputs=point.outputs,
         model_state=point.state,
         statistics=_statistics(perturbation, budget, None),
-        states={**inputs.states, "ascent": {"mean": mean}},
+        states=states,
     )
 
 
@@ -176,8 +185,9 @@ def first_pass(
                 )
             ]
         )
-    losses = _losses(context, inputs, point)
-    allowed = _allowed(context, inputs, losses)
+    losses, reference = _reference.measure(context, inputs, batch, point)
+    limit = _limit(context, losses)
+    allowed = _allowed(context, inputs, losses, limit)
     return FirstPass(
         context=context,
         inputs=inputs,
@@ -188,6 +198,8 @@ def first_pass(
         scaled=scaled,
         gradients=context.scales().unscale(scaled),
         losses=losses,
+        reference=reference,
+        limit=limit,
         allowed=allowed,
         budget=inputs.spendable(allowed),
         tape=tape,
@@ -198,13 +210,14 @@ def first_pass(
 def perturb(first: FirstPass) -> Perturbation:
     """Return the perturbation that the rule makes of the first pass."""
     context, states = first.context, first.inputs.states
-    return context.rule.perturb(
+    perturbation = context.rule.perturb(
         first.gradients,
         first.weights,
         first.budget,
         states["rule"],
         context.estimator.estimate(first, states["curvature"]),
     )
+    return context.rule.limit(perturbation, first.gradients, first.limit)
 
 
 def second_pass(
@@ -249,6 +262,7 @@ def finish(
     states = dict(first.inputs.states)
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
+    states["reference"] = first.reference
     if first.losses is not None:
         states["budget"] = context.budget.update(first.losses, states["budget"])
     if rise is not None:
@@ -266,24 +280,31 @@ def finish(
     )
 
 
-def _losses(
-    context: StepContext, inputs: StepInputs, point: LossAndGradients
-) -> Losses | None:
-    """Return what the budget is told; `None` for one that goes by time."""
-    if inputs.budget is not None and not context.budget.learns:
+def _limit(context: StepContext, losses: Losses | None) -> tf.Tensor | None:
+    """Return the most that the loss may rise; `None` without a guard."""
+    if losses is None or context.budget.guard is None:
         return None
-    loss = tf.cast(point.loss, context.dtype)
-    if context.is_global:
-        loss = _passes.mean_over_replicas(loss)
-    return Losses(plain=loss)
+    return tf.cast(context.budget.guard, context.dtype) * losses.gain
 
 
 def _allowed(
-    context: StepContext, inputs: StepInputs, losses: Losses | None
+    context: StepContext,
+    inputs: StepInputs,
+    losses: Losses | None,
+    limit: tf.Tensor | None,
 ) -> tf.Tensor:
     """Return the budget; ask once more if it goes by the losses."""
-    if inputs.budget is not None:
-        return inputs.budget
+    budget = inputs.budget
+    if budget is None:
+        budget = _by_losses(context, inputs, losses)
+    if limit is None or not context.rule.budget_is_rise:
+        return budget
+    return tf.minimum(budget, limit)
+
+
+def _by_losses(
+    context: StepContext, inputs: StepInputs, losses: Losses | None
+) -> tf.Tensor:
     budget = context.budget(inputs.progress, losses, inputs.states["budget"])
     if budget is None:
         raise ValueError(

@@ -77,6 +77,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         self._state = StepState(self._add_state_variable)
         self._passes: _engines.Passes = _engines.StatelessPasses()
+        # What the model returns, once there was a batch.
+        self._output_specs: Any = None
         self._train_functions: dict[bool, Any] = {}
         self._built_for_training = False
         self._is_fitting = False
@@ -189,7 +191,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._refuse_stateful_parts()
         if not tf.executing_eagerly():
             _workarounds.refuse_rematerialized_layers(self.model)
-        stock = _passes.build(self, batch)
+        stock, self._output_specs = _passes.build(self, batch)
         if not self.trainable_variables:
             return
         if not any(self._perturb_mask()):
@@ -238,14 +240,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         variables = self.trainable_variables
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
-            initial = {
-                "budget": self._plan.budget.init_state(),
-                "curvature": self._plan.estimator.init_state(
-                    self._scalar_dtype
-                ),
-                "ascent": self._plan.ascent.init_state(weights),
-                "rule": self._plan.rule.init_state(weights),
-            }
+            initial = self._plan.init_state(
+                weights, self._output_specs, self._scalar_dtype
+            )
             with _workarounds.unlocked(self):
                 self._state.build(
                     initial, [positions[id(v)] for v in variables]

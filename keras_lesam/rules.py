@@ -148,6 +148,10 @@ class LossEquated(Rule):
     def uses_plain_gradient(self) -> bool:
         return bool(self.alpha)
 
+    @property
+    def budget_is_rise(self) -> bool:
+        return True
+
     def default_budget(self) -> budgets.Budget:
         """Return the defaults of `LESAMModel`."""
         return budgets.Constant(DEFAULT_SIGMA, DEFAULT_WARMUP, DEFAULT_ANNEAL)
