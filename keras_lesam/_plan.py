@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _reference
@@ -67,7 +66,7 @@ class TrainingPlan:
             dtype: Of all scalars.
         """
         is_remembered = not self.ascent.makes_plain_pass and (
-            self.budget.needs_reference or _goes_by_losses(self.budget)
+            self.budget.needs_reference or self.budget.takes_earlier_losses
         )
         return {
             "budget": self.budget.init_state(),
@@ -134,12 +133,6 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
             f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
         )
     return budget.replace(sigma=amount)
-
-
-def _goes_by_losses(budget: budgets.Budget) -> bool:
-    """Whether a budget has no answer before the first pass of a step."""
-    start = budgets.Progress(tf.zeros((), tf.int64), tf.zeros(()))
-    return budget(start, None, budget.init_state()) is None
 
 
 def _are_equal(own: Any, amount: Any) -> bool:

@@ -79,7 +79,7 @@ def measure(
     `None` for a budget that goes by time alone. Replicas that take one
     perturbation meet for it: outside of any branch.
     """
-    budget, state = context.budget, inputs.states["reference"]
+    budget, state = context.budget, inputs.states.get("reference", {})
     asks = inputs.budget is None or budget.learns or budget.needs_reference
     if not asks:
         return None, state
@@ -95,7 +95,7 @@ def measure(
 
 def remembered(inputs: StepInputs) -> Losses | None:
     """Return the losses of the step before, for a step without a pass."""
-    state = inputs.states["reference"]
+    state = inputs.states.get("reference", {})
     return Losses(*tf.unstack(state["losses"])) if "losses" in state else None
 
 
@@ -107,7 +107,7 @@ def _compare(
     plain: tf.Tensor,
 ) -> tuple[Losses, State]:
     """Return the losses of outputs and of what stands in for them."""
-    state = inputs.states["reference"]
+    state = inputs.states.get("reference", {})
     given = context.budget.reference_loss
     means, state = _means(context, batch, point.outputs, state)
     with (

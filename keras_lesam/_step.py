@@ -126,9 +126,9 @@ def memory_step(
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
     states = {**inputs.states, "ascent": {"mean": mean}}
-    losses, states["reference"] = _reference.measure(
-        context, inputs, batch, point
-    )
+    losses, reference = _reference.measure(context, inputs, batch, point)
+    if reference:
+        states["reference"] = reference
     if losses is not None:
         states["budget"] = context.budget.update(losses, states["budget"])
     point = _without_bad_gradients(context, point)
@@ -262,7 +262,8 @@ def finish(
     states = dict(first.inputs.states)
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
-    states["reference"] = first.reference
+    if first.reference:
+        states["reference"] = first.reference
     if first.losses is not None:
         states["budget"] = context.budget.update(first.losses, states["budget"])
     if rise is not None:

@@ -34,6 +34,7 @@ from keras_lesam._rule import Rule
 from keras_lesam._rule import Weights
 from keras_lesam._strategy import Strategy
 from keras_lesam.budgets import Budget
+from keras_lesam.budgets import Progress
 from keras_lesam.estimators import CurvatureEstimator
 from keras_lesam.estimators import FirstOrder
 
@@ -314,6 +315,12 @@ class _Memory(Ascent):
                 "at the weights to take the curvature from: use "
                 f"curvature='none'. {given}, curvature={estimator!r}"
             )
+        if _goes_by_losses(budget) and not budget.takes_earlier_losses:
+            raise ValueError(
+                "With `ascent_from` 'previous' or 'momentum' there is no pass "
+                "at the weights, and no loss for the budget to go by: use "
+                f"'batch'. {given}, budget={budget!r}"
+            )
 
 
 @_register
@@ -460,3 +467,9 @@ def from_arguments(
         return Previous() if ascent_from == "previous" else Momentum()
     ascent = FullBatch() if fraction == 1 else Fraction(fraction)
     return ascent if every == 1 else Every(every, ascent)
+
+
+def _goes_by_losses(budget: Budget) -> bool:
+    """Whether a budget has no answer before the first pass of a step."""
+    start = Progress(tf.zeros((), tf.int64), tf.zeros(()))
+    return budget(start, None, budget.init_state()) is None

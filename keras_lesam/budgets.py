@@ -56,7 +56,8 @@ class Losses(NamedTuple):
             of the first pass, over all replicas where those take one
             perturbation. Of a step that makes no pass there (`ascent_from`
             "previous" or "momentum") it is that of the step before, at its
-            `w + eps`; 0 in the first step.
+            `w + eps`, and 0 in the first step, for a budget whose
+            `takes_earlier_losses` is True.
         data: Scalar tensor, the part of it that goes by the outputs of the
             model, without regularizers and `add_loss`. That is all of it for a
             model with a `compute_loss` of its own, and where nothing goes by
@@ -119,6 +120,7 @@ class Budget(Strategy):
 
     guard: float | None = None
     reference_loss: float | None = None
+    _options = ("guard", "reference_loss")
 
     def init_state(self) -> dict[str, Any]:
         """Return the state before the first step, a dict of tensors."""
@@ -161,6 +163,15 @@ class Budget(Strategy):
     def needs_reference(self) -> bool:
         """Whether it asks for `Losses.data` and `Losses.reference`."""
         return self.guard is not None
+
+    @property
+    def takes_earlier_losses(self) -> bool:
+        """Whether the losses of the step before will do.
+
+        If not, a budget that goes by the losses is refused where a step makes
+        no pass at the weights.
+        """
+        return False
 
     @property
     def is_in_loss_units(self) -> bool:
@@ -391,6 +402,10 @@ class Relative(Budget):
 
     @property
     def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def takes_earlier_losses(self) -> bool:
         return True
 
     @property
