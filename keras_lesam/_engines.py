@@ -60,10 +60,10 @@ class StatelessPasses:
         return weights
 
     def looking_again(
-        self, point: LossAndGradients
+        self, model: keras.Model, weights: Tensors, point: LossAndGradients
     ) -> contextlib.AbstractContextManager[None]:
         """Let losses be computed once more after a pass, and write nothing."""
-        return _passes.looking_again(point)
+        return _passes.looking_again(model, weights, point)
 
     def recover(self) -> None:
         """Put back what a pass that failed has left: nothing."""
@@ -126,12 +126,15 @@ class InPlacePasses:
         del weights
         return [v.value for v in model.trainable_variables]
 
+    @contextlib.contextmanager
     def looking_again(
-        self, point: LossAndGradients
-    ) -> contextlib.AbstractContextManager[None]:
-        """Let losses be computed once more after a pass; put state back."""
+        self, model: keras.Model, weights: Tensors, point: LossAndGradients
+    ) -> Iterator[None]:
+        """Let losses be computed once more after a pass; put all back."""
         del point  # The layers have what was given to `add_loss`.
-        return self._state_guard.restoring()
+        with self._weights_guard.restoring(), self._state_guard.restoring():
+            _passes.commit([*zip(model.trainable_variables, weights)])
+            yield
 
     def recover(self) -> None:
         """Put back what a pass that failed has left moved."""

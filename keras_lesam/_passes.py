@@ -106,9 +106,12 @@ def forward(
 
 
 @contextlib.contextmanager
-def looking_again(point: LossAndGradients) -> Iterator[None]:
+def looking_again(
+    model: keras.Model, weights: Tensors, point: LossAndGradients
+) -> Iterator[None]:
     """Let losses be computed once more after a pass, and write nothing."""
-    with keras.StatelessScope(collect_losses=True) as scope:
+    mapping = [*zip(model.trainable_variables, weights)]
+    with keras.StatelessScope(mapping, collect_losses=True) as scope:
         # What was given to `add_loss` in the pass is part of the loss.
         scope.losses.extend(point.added_losses)
         yield

@@ -24,6 +24,7 @@ from keras_lesam._data import count_rows
 from keras_lesam._passes import LossAndGradients
 from keras_lesam._records import StepContext
 from keras_lesam._records import StepInputs
+from keras_lesam._vectors import Tensors
 from keras_lesam.budgets import Budget
 from keras_lesam.budgets import Losses
 
@@ -72,21 +73,29 @@ def measure(
     context: StepContext,
     inputs: StepInputs,
     batch: Batch,
+    weights: Tensors,
     point: LossAndGradients,
 ) -> tuple[Losses | None, State]:
     """Return what the budget is told of a pass, and the state after it.
 
     `None` for a budget that goes by time alone. Replicas that take one
     perturbation meet for it: outside of any branch.
+
+    Args:
+        context: The `StepContext`.
+        inputs: The `StepInputs`.
+        batch: The rows of the pass.
+        weights: List of tensors, where it was made.
+        point: What it has found.
     """
     budget, state = context.budget, inputs.states.get("reference", {})
     asks = inputs.budget is None or budget.learns or budget.needs_reference
     if not asks:
         return None, state
-    plain = _mean_over_replicas(context, point.loss)
-    losses = Losses(plain)
     if budget.needs_reference:
-        losses, state = _compare(context, inputs, batch, point, plain)
+        losses, state = _compare(context, inputs, batch, weights, point)
+    else:
+        losses = Losses(_mean_over_replicas(context, point.loss))
     if "losses" in state:
         known = tf.stack([x for x in losses if x is not None])
         state = {**state, "losses": known}
@@ -103,15 +112,16 @@ def _compare(
     context: StepContext,
     inputs: StepInputs,
     batch: Batch,
+    weights: Tensors,
     point: LossAndGradients,
-    plain: tf.Tensor,
 ) -> tuple[Losses, State]:
     """Return the losses of outputs and of what stands in for them."""
+    plain = _mean_over_replicas(context, point.loss)
     state = inputs.states.get("reference", {})
     given = context.budget.reference_loss
     means, state = _means(context, batch, point.outputs, state)
     with (
-        context.passes.looking_again(point),
+        context.passes.looking_again(context.model, weights, point),
         _host_random.replaying(_host_random.get_state()),
     ):
         found = _loss_of(context.model, batch, means, given is not None)
@@ -157,12 +167,13 @@ def _loss_of(
             "learnt: pass budgets.Relative a `reference_loss`. Received: "
             f"{type(error).__name__}: {error}"
         ) from error
-    loss = tf.convert_to_tensor(loss)
     try:
         gradients = tape.gradient(loss, leaves)
     except LookupError:
-        return loss  # It goes by them, if not in a way to differentiate.
-    return loss if any(g is not None for g in gradients) else None
+        gradients = leaves  # It goes by them, in a way without a gradient.
+    if all(gradient is None for gradient in gradients):
+        return None
+    return loss * _passes.replicas(loss.dtype)
 
 
 def _added(model: keras.Model, dtype: Any) -> tf.Tensor:

@@ -120,13 +120,14 @@ def memory_step(
         None,
         limit,
     )
-    point = context.passes.there(
-        model, _moved(weights, perturbation), batch, inputs.model_state
-    )
+    weights = _moved(weights, perturbation)
+    point = context.passes.there(model, weights, batch, inputs.model_state)
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
     states = {**inputs.states, "ascent": {"mean": mean}}
-    losses, reference = _reference.measure(context, inputs, batch, point)
+    losses, reference = _reference.measure(
+        context, inputs, batch, weights, point
+    )
     if reference:
         states["reference"] = reference
     if losses is not None:
@@ -185,7 +186,9 @@ def first_pass(
                 )
             ]
         )
-    losses, reference = _reference.measure(context, inputs, batch, point)
+    losses, reference = _reference.measure(
+        context, inputs, batch, weights, point
+    )
     limit = _limit(context, losses)
     allowed = _allowed(context, inputs, losses, limit)
     return FirstPass(
