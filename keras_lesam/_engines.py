@@ -236,7 +236,7 @@ def choose(
             has_nested_state=False,
             assigned=[],
             closures=[*model.trainable_variables],
-            accessed=[*model.variables],
+            accessed=[*model.variables, *model.metrics_variables],
         )
     else:
         findings = _inspection.inspect(model, stock)

@@ -105,7 +105,9 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
         stock: What `trace_stock_pass` returned.
     """
     trainable = [*model.trainable_variables]
-    by_handle = _by_handle(stock, [*model.variables])
+    # A loss of several outputs writes a metric for each.
+    variables = [*model.variables, *model.metrics_variables]
+    by_handle = _by_handle(stock, variables)
     nested = [*_nested_nodes(stock)]
     hidden = [
         variable
