@@ -1,8 +1,10 @@
 """What a model has learnt: its loss beside that of ignoring the input.
 
 The prediction that ignores the input is the mean of the outputs over the rows
-of the batch, put in the place of the outputs. It takes no pass, only the loss
-once more. What a budget is told of it is `budgets.Losses`; what a step leaves
+of the batch, put in the place of the outputs, or a thousandth of it, if that is
+better: logits whose mean is far from 0 are a bad guess, by which a model with a
+bad start would seem to have learnt. It takes no pass, only the loss once more.
+What a budget is told of it is `budgets.Losses`; what a step leaves
 for the next is a state of its own, beside that of the budget.
 """
 
@@ -34,6 +36,8 @@ State = dict[str, Any]
 FEW = 8
 # Rows that the running mean is over, as long as batches are smaller.
 MEMORY = 64
+# Of a mean, for the prediction that tells no output from another.
+TINY = 0.001
 # Steps whose mean loss is the reference of losses without another.
 FIRST_STEPS = 10
 
@@ -120,21 +124,26 @@ def _compare(
     state = inputs.states.get("reference", {})
     given = context.budget.reference_loss
     means, state = _means(context, batch, point.outputs, state)
+    model = context.model
     with (
-        context.passes.looking_again(context.model, weights, point),
+        context.passes.looking_again(model, weights, point),
         _host_random.replaying(_host_random.get_state()),
     ):
-        found = _loss_of(context.model, batch, means, given is not None)
-        added = _added(context.model, plain.dtype)
-    if found is None and given is None:
+        found = [
+            _loss_of(model, batch, _in_place(point.outputs, means), given),
+            # Of logits: no class more likely than another.
+            _loss_of(model, batch, _in_place(point.outputs, means, TINY), 0.0),
+        ]
+        added = _added(model, plain.dtype)
+    if found[0] is None and given is None:
         start, state = _start(state, plain)
         return Losses(plain, plain, start), state
-    total = plain if found is None else _mean_over_replicas(context, found)
+    total = _least(context, plain, found)
     # Rounding is no gain, nor a loss below 0.
     rounding = _rounding(point.outputs, plain.dtype) * tf.maximum(
         tf.abs(plain), tf.abs(total)
     )
-    data = plain if found is None else plain - added
+    data = plain if found[0] is None else plain - added
     data = _vectors.or_zero(data, tf.abs(data) > rounding)
     reference = total - added
     if given is not None:
@@ -144,9 +153,14 @@ def _compare(
 
 
 def _loss_of(
-    model: keras.Model, batch: Batch, outputs: Any, is_optional: bool
+    model: keras.Model, batch: Batch, outputs: Any, instead: float | None
 ) -> tf.Tensor | None:
-    """Return the loss of other outputs; `None` if it doesn't go by them."""
+    """Return the loss of other outputs; `None` if it doesn't go by them.
+
+    Raises:
+        ValueError: if it cannot be called with them, and there is no number
+            `instead`.
+    """
     leaves = [
         leaf
         for leaf in tf.nest.flatten(outputs, expand_composites=True)
@@ -159,7 +173,7 @@ def _loss_of(
                 _passes.compute_loss(model, batch, outputs, training=True)
             )
     except Exception as error:
-        if is_optional:
+        if instead is not None:
             return None
         raise ValueError(
             "`compute_loss` cannot be called with the mean of the outputs in "
@@ -174,6 +188,19 @@ def _loss_of(
     if all(gradient is None for gradient in gradients):
         return None
     return loss * _passes.replicas(loss.dtype)
+
+
+def _least(
+    context: StepContext, plain: tf.Tensor, found: list[Any]
+) -> tf.Tensor:
+    """Return the least of losses that are known, or else `plain`."""
+    known = [_mean_over_replicas(context, f) for f in found if f is not None]
+    if not known:
+        return plain
+    # One that is not finite is no less than another.
+    infinite = tf.constant(np.inf, plain.dtype)
+    finite = [tf.where(tf.math.is_finite(k), k, infinite) for k in known]
+    return tf.reduce_min(tf.stack(finite))
 
 
 def _added(model: keras.Model, dtype: Any) -> tf.Tensor:
@@ -208,8 +235,12 @@ def _start(state: State, plain: tf.Tensor) -> tuple[tf.Tensor, State]:
 
 def _means(
     context: StepContext, batch: Batch, outputs: Any, state: State
-) -> tuple[Any, State]:
-    """Return the mean of each output in its place, and the state after it."""
+) -> tuple[list[Any], State]:
+    """Return the mean of each output, and the state after it.
+
+    Of shape `(1, ...)`; `None` for outputs that have none: of integers or
+    strings, or without rows.
+    """
     leaves = keras.tree.flatten(outputs)
     rows = _rows(leaves, state["rows"].dtype)
     if context.is_global:
@@ -220,12 +251,10 @@ def _means(
     # Of few rows each has too much of a say in their mean.
     share = tf.clip_by_value((rows - 1) / (FEW - 1), 0.0, 1.0)
     share = tf.where(state["rows"] > 0, share, 1.0)
-    found = []
+    found: list[Any] = [None] * len(leaves)
     for i, (output, weight) in enumerate(zip(leaves, weights, strict=True)):
         values = _values(output)
         if values is None:
-            # Of integers or strings, or without rows.
-            found.append(output)
             continue
         total, count = _sums(context, values, weight)
         mean = tf.math.divide_no_nan(total, count)
@@ -237,8 +266,8 @@ def _means(
             change *= tf.cast(rows / seen, mean.dtype)
             new[name] = tf.cast(old + change, state[name].dtype)
             mean += tf.cast(1 - share, mean.dtype) * (old - mean)
-        found.append(_in_place(mean, output))
-    return keras.tree.pack_sequence_as(outputs, found), new
+        found[i] = mean
+    return found, new
 
 
 def _sums(
@@ -271,8 +300,16 @@ def _over_positions(total: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     return tf.math.divide_no_nan(tf.reduce_sum(total, axes), count)
 
 
-def _in_place(mean: tf.Tensor, output: Any) -> Any:
-    """Return the mean in each row, like an output in all else."""
+def _in_place(outputs: Any, means: list[Any], factor: float = 1.0) -> Any:
+    """Return a factor of the means in each row, else like the outputs."""
+    leaves = [
+        output if mean is None else _repeated(factor * mean, output)
+        for mean, output in zip(means, keras.tree.flatten(outputs))
+    ]
+    return keras.tree.pack_sequence_as(outputs, leaves)
+
+
+def _repeated(mean: tf.Tensor, output: Any) -> Any:
     mean = tf.cast(mean, output.dtype)
     if isinstance(output, tf.RaggedTensor):
         values = output.flat_values

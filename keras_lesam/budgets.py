@@ -323,7 +323,8 @@ class Relative(Budget):
     ```
     L     the loss of the batch, without regularizers and `add_loss`
     L0    that of a prediction that ignores the input: the mean of the outputs
-          over the rows of the batch, in the place of the outputs
+          over the rows of the batch, in the place of the outputs; or a
+          thousandth of it, where the loss of that is less
     gain  = max(L0 - L, 0), what the model has learnt
     sigma = share L gain / L0
     ```
@@ -334,7 +335,9 @@ class Relative(Budget):
     units, as of targets in other units, leaves the perturbation what it is.
     Where there is no gain a step has one pass. For LE-SAM only.
 
-    L0 costs no pass, only the loss of the outputs' mean, as follows.
+    L0 costs no pass, only the loss of two other outputs, as follows. The second
+    of them tells no class from another where the outputs are logits: their mean
+    may be far from 0, and a bad guess, when a net starts from a large loss.
 
     - The mean is over rows alone: each position of a sequence or picture, and
       each of several outputs, has its own. Rows and positions count by their
