@@ -10,6 +10,7 @@ from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
+from keras_lesam._plan import loss_budget
 from keras_lesam._wrapper import SharpnessAwareModel
 
 DEFAULT_RHO_MAX = 1.0
@@ -69,8 +70,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             `keras.optimizers.schedules.LearningRateSchedule` from
             `optimizer.iterations` to the budget; or one of
             `keras_lesam.budgets`, such as `budgets.Relative(0.3)`, which has
-            neither a unit nor a schedule. A number may be assigned to later:
-            `model.sigma = 0.2` does not retrace.
+            neither a unit nor a schedule. `None`: 0.1. A number may be
+            assigned to later: `model.sigma = 0.2` does not retrace.
         rho_max: Float > 0, the largest `rho` (weight-space distance), or
             `None` for no cap. A small one turns LE-SAM into SAM. May be
             assigned to later.
@@ -152,7 +153,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     def __init__(
         self,
         model: keras.Model,
-        sigma: Any = rules.DEFAULT_SIGMA,
+        sigma: Any = None,
         rho_max: float | None = DEFAULT_RHO_MAX,
         *,
         warmup: float | None = None,
@@ -171,13 +172,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         perturb: Callable[[Any], bool] | None = None,
         name: str | None = None,
     ) -> None:
-        defaults = (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL)
         super().__init__(
             model,
             rules.LossEquated(rho_max, adaptive, alpha),
-            budgets.from_number(
-                "sigma", sigma, warmup, anneal, defaults, guard
-            ),
+            loss_budget(sigma, warmup, anneal, guard),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             estimators.from_argument(curvature, hvp_method),
             total_steps=total_steps,

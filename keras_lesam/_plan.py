@@ -105,6 +105,28 @@ class TrainingPlan:
             )
 
 
+def loss_budget(
+    sigma: Any,
+    warmup: float | None,
+    anneal: float | None,
+    guard: float | None,
+) -> budgets.Budget:
+    """Make the budget of the keyword arguments of `LESAMModel`.
+
+    Of none of them: LE-SAM's own.
+    """
+    if (sigma, warmup, anneal, guard) == (None, None, None, None):
+        return rules.LossEquated().default_budget()
+    return budgets.from_number(
+        "sigma",
+        rules.DEFAULT_SIGMA if sigma is None else sigma,
+        warmup,
+        anneal,
+        (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL),
+        guard,
+    )
+
+
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(
