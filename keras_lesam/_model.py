@@ -10,6 +10,7 @@ from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
+from keras_lesam._plan import DEFAULT_BUDGET
 from keras_lesam._plan import loss_budget
 from keras_lesam._wrapper import SharpnessAwareModel
 
@@ -70,7 +71,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             `keras.optimizers.schedules.LearningRateSchedule` from
             `optimizer.iterations` to the budget; or one of
             `keras_lesam.budgets`, such as `budgets.Relative(0.3)`, which has
-            neither a unit nor a schedule. `None`: 0.1. A number may be
+            neither a unit nor a schedule. 0.1 by default. A number may be
             assigned to later: `model.sigma = 0.2` does not retrace.
         rho_max: Float > 0, the largest `rho` (weight-space distance), or
             `None` for no cap. A small one turns LE-SAM into SAM. May be
@@ -153,7 +154,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     def __init__(
         self,
         model: keras.Model,
-        sigma: Any = None,
+        sigma: Any = DEFAULT_BUDGET,
         rho_max: float | None = DEFAULT_RHO_MAX,
         *,
         warmup: float | None = None,

@@ -13,6 +13,9 @@ from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._records import States
 
+# That of `LESAMModel` without arguments.
+DEFAULT_BUDGET = rules.LossEquated().default_budget()
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
@@ -113,13 +116,15 @@ def loss_budget(
 ) -> budgets.Budget:
     """Make the budget of the keyword arguments of `LESAMModel`.
 
-    Of none of them: LE-SAM's own.
+    With any of them it is the paper's, if `sigma` does not say it all.
     """
-    if (sigma, warmup, anneal, guard) == (None, None, None, None):
-        return rules.LossEquated().default_budget()
+    if sigma is DEFAULT_BUDGET:
+        if (warmup, anneal, guard) == (None, None, None):
+            return DEFAULT_BUDGET
+        sigma = rules.DEFAULT_SIGMA
     return budgets.from_number(
         "sigma",
-        rules.DEFAULT_SIGMA if sigma is None else sigma,
+        sigma,
         warmup,
         anneal,
         (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL),
