@@ -3,7 +3,6 @@
 The `train_step`, what waits for a first batch, and what is saved of a step.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -115,8 +114,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         from fusing them with the update, and change how sums are rounded.
         """
         logs = super().train_step(data)
-        statistics = dict.fromkeys(self._statistics.names, 0.0)
-        self._statistics.update_state({**statistics, "gradient_norm": math.nan})
+        self._statistics.update_state(
+            dict.fromkeys(self._statistics.names, 0.0)
+        )
         return _workarounds.reducible({**logs, **self._statistics.result()})
 
     def make_train_function(self, force: bool = False) -> None:

@@ -18,9 +18,11 @@ from keras_lesam._delegation import signature_of
 from keras_lesam._engines import recovering
 from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
+from keras_lesam._progress import STATISTICS
 from keras_lesam._progress import ScheduleProgress
 from keras_lesam._progress import warn_of_early_stopping
 from keras_lesam._progress import with_callback
+from keras_lesam._progress import with_progress_bar
 from keras_lesam._trainer import SharpnessAwareTrainer
 
 
@@ -78,7 +80,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             or if `model` has training logic that cannot be honoured.
     """
 
-    LOGS: tuple[str, ...] = ("rho", "gradient_norm", "sharpness", "sigma")
+    LOGS: tuple[str, ...] = STATISTICS
 
     def __init__(
         self,
@@ -128,18 +130,17 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
                 an epoch is unknown and `total_steps` was not given.
         """
         stock = super().fit
-        if self._has_length:
-            with recovering(lambda: self._passes):
-                return stock(*args, **kwargs)
         bound = inspect.signature(stock).bind(*args, **kwargs)
-        callbacks = bound.arguments.get("callbacks")
-        warn_of_early_stopping(callbacks, self.budget)
-        bound.arguments["callbacks"] = with_callback(
-            callbacks,
-            ScheduleProgress(self._progress, lambda: self.budget),
-            self,
+        arguments = bound.arguments
+        callbacks = with_progress_bar(
+            arguments.get("callbacks"), arguments.get("verbose", "auto")
         )
-        self._is_fitting = True
+        if not self._has_length:
+            warn_of_early_stopping(callbacks, self.budget)
+            progress = ScheduleProgress(self._progress, lambda: self.budget)
+            callbacks = with_callback(callbacks, progress, self)
+        arguments["callbacks"] = callbacks
+        self._is_fitting = not self._has_length
         try:
             with recovering(lambda: self._passes):
                 return stock(*bound.args, **bound.kwargs)

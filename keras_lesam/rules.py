@@ -29,7 +29,6 @@ weights of normalization layers included; several implementations of ASAM leave
 those out of `T`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +68,9 @@ __all__ = [
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
 
+# A finite number of every float dtype that a radius has, so that a healthy
+# step has no infinity in it.
+_NO_CAP = tf.float32.max
 DEFAULT_SIGMA = 0.1
 DEFAULT_WARMUP = 0.1
 DEFAULT_ANNEAL = 0.2
@@ -121,7 +123,7 @@ class LossEquated(Rule):
         self.alpha = _checks.number("alpha", alpha, 0, 1)
 
     def numbers(self) -> dict[str, float]:
-        return {"rho_max": math.inf if self.rho_max is None else self.rho_max}
+        return {"rho_max": _NO_CAP if self.rho_max is None else self.rho_max}
 
     def scaling(self, weights: Tensors) -> Tensors:
         """Return `T`: the weights where it is adaptive."""
@@ -131,7 +133,7 @@ class LossEquated(Rule):
         self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
     ) -> tf.Tensor:
         """Return the radius over which the loss rises by the budget."""
-        rho_max = math.inf if self.rho_max is None else self.rho_max
+        rho_max = _NO_CAP if self.rho_max is None else self.rho_max
         if tf.is_tensor(rho_max):
             rho_max = tf.cast(rho_max, budget.dtype)
         return _rule.loss_equated_radius(norm, budget, rho_max, curvature)
