@@ -16,6 +16,7 @@ from keras_lesam import rules
 from keras_lesam._delegation import DelegatingModel
 from keras_lesam._delegation import signature_of
 from keras_lesam._engines import recovering
+from keras_lesam._monitor import StuckTraining
 from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
 from keras_lesam._progress import STATISTICS
@@ -135,6 +136,8 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
         callbacks = with_progress_bar(
             arguments.get("callbacks"), arguments.get("verbose", "auto")
         )
+        if not self.budget.is_zero:
+            callbacks = with_callback(callbacks, StuckTraining(), self)
         if not self._has_length:
             warn_of_early_stopping(callbacks, self.budget)
             progress = ScheduleProgress(self._progress, lambda: self.budget)
