@@ -31,7 +31,6 @@ METHODS = {
     "no budget": lambda net: LESAMModel(
         net,
         keras.optimizers.schedules.PiecewiseConstantDecay([10**9], [0.0, 0.1]),
-        **_gpu.CONSTANT,
     ),
 }
 FEW = ("LE-SAM", "secant", "no budget")
