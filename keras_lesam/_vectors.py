@@ -66,8 +66,8 @@ def component(vector: Tensors, other: Tensors, length: tf.Tensor) -> tf.Tensor:
     def rescaled() -> tf.Tensor:
         a = tf.square(_root_of_factor(tf.square(norm(vector, dtype))))
         b = tf.square(_root_of_factor(tf.square(length)))
-        v = [None if v is None else a * tf.cast(v, dtype) for v in vector]
-        o = [None if o is None else b * tf.cast(o, dtype) for o in other]
+        v = [v if v is None else _multiplied(v, a) for v in vector]
+        o = [o if o is None else _multiplied(o, b) for o in other]
         return tf.math.divide_no_nan(dot(v, o, dtype), b * length) / a
 
     is_safe = _is_safe(tf.square(length)) & _is_safe(tf.abs(product))
@@ -214,11 +214,20 @@ def _sum_of_squares(
         scaling = tf.cast(scaling, dtype)
     if root is not None:
         # Half to each: one of both may be small where the other is large.
-        scaled *= root
-        scaling = root if scaling is None else root * scaling
+        scaled = _multiplied(scaled, root)
+        scaling = root if scaling is None else _multiplied(scaling, root)
     if scaling is not None:
         scaled *= scaling
     return 2 * tf.nn.l2_loss(scaled)
+
+
+def _multiplied(tensor: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """Return a tensor times a factor that is not 0, in the factor's dtype.
+
+    A product that the graph optimizer leaves alone: in `(a v) (b w)` it would
+    multiply `a` by `b` first, which leaves the range that they are to keep.
+    """
+    return tf.math.multiply_no_nan(tf.cast(tensor, factor.dtype), factor)
 
 
 def _is_safe(squared: tf.Tensor) -> tf.Tensor:
