@@ -153,7 +153,10 @@ def in_parts(
         started = inputs._replace(model_state=list(model_state.values()))
         steps.append(step(context, part, started))
         weights.append(weight)
-        model_state.update({id(v): (v, s) for v, s in steps[-1].model_state})
+        for variable, value in steps[-1].model_state:
+            _, before = model_state.get(id(variable), (None, variable.value))
+            value = _data.if_used(weight, value, before)
+            model_state[id(variable)] = variable, value
     return _mean_step(context, steps, weights, list(model_state.values()))
 
 
