@@ -1,15 +1,19 @@
 """Rule, budget, ascent and curvature together: defaults and exclusions."""
 
 import dataclasses
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from keras_lesam import _checks
+from keras_lesam import _results
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
+from keras_lesam._strategy import Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,25 @@ class TrainingPlan:
     budget: budgets.Budget
     ascent: ascents.Ascent
     estimator: estimators.CurvatureEstimator
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise `ValueError` for numbers that a step's dtype cannot hold."""
+        for owner in ("rule", "budget"):
+            for name, value in _floats_of(getattr(self, owner)):
+                _checks.representable(name, value, dtype, owner)
+
+    def init_state(self, weights: rules.Weights, dtype: str) -> Any:
+        """Return the states before the first step, by component."""
+        made = {
+            "budget": (self.budget, self.budget.init_state()),
+            "curvature": (self.estimator, self.estimator.init_state(dtype)),
+            "ascent": (self.ascent, self.ascent.init_state(weights)),
+            "rule": (self.rule, self.rule.init_state(weights)),
+        }
+        return {
+            component: _results.state(owner, "init_state", value)
+            for component, (owner, value) in made.items()
+        }
 
     @classmethod
     def of(
@@ -71,6 +94,22 @@ class TrainingPlan:
                 f"give both the same. Received: rule={self.rule!r}, "
                 f"budget={self.budget!r}"
             )
+
+
+def _floats_of(strategy: Strategy) -> Iterator[tuple[str, float]]:
+    """Yield the arguments that are floats, by name.
+
+    Not those of a user's own class, which may mean anything.
+    """
+    ours = next(
+        cls
+        for cls in type(strategy).__mro__
+        if cls.__module__.startswith("keras_lesam.")
+    )
+    for name in inspect.signature(ours).parameters:
+        value = getattr(strategy, name, None)
+        if isinstance(value, float):
+            yield name, value
 
 
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:

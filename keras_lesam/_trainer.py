@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_lesam import _checks
 from keras_lesam import _engines
 from keras_lesam import _passes
+from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
 from keras_lesam._data import Batch
@@ -65,6 +66,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._perturb = _check_perturb(perturb)
         self._plan = plan
         self._scalar_dtype = scalar_dtype(model)
+        plan.check_dtype(self._scalar_dtype)
         self._numbers = Numbers(
             {"rule": plan.rule, "budget": plan.budget},
             self._scalar_dtype,
@@ -92,8 +94,9 @@ class SharpnessAwareTrainer(DelegatingModel):
             return self._plain_train_step(data)
         context = self._step_context()
         inputs = self._step_inputs(context)
-        gradients, states, statistics, logs = self._plan.ascent.run(
-            context, batch, inputs, self._report
+        ascent = self._plan.ascent
+        gradients, states, statistics, logs = _results.report(
+            ascent, ascent.run(context, batch, inputs, self._report)
         )
         self._state.assign(states, inputs.states)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
@@ -163,7 +166,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         progress = self._progress(self.optimizer.iterations)
         budget = context.budget(progress, None, states["budget"])
         if budget is not None:
-            budget = tf.cast(budget, context.dtype)
+            budget = _results.scalar(
+                context.budget, "__call__", budget, context.dtype
+            )
         return StepInputs(progress, states, budget)
 
     def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
@@ -238,14 +243,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         variables = self.trainable_variables
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
-            initial = {
-                "budget": self._plan.budget.init_state(),
-                "curvature": self._plan.estimator.init_state(
-                    self._scalar_dtype
-                ),
-                "ascent": self._plan.ascent.init_state(weights),
-                "rule": self._plan.rule.init_state(weights),
-            }
+            initial = self._plan.init_state(weights, self._scalar_dtype)
             with _workarounds.unlocked(self):
                 self._state.build(
                     initial, [positions[id(v)] for v in variables]

@@ -240,7 +240,9 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
 
     def _set(self, **changes: Any) -> None:
         """Replace rule or budget by one that differs in its numbers only."""
-        self._plan = dataclasses.replace(self._plan, **changes)
+        plan = dataclasses.replace(self._plan, **changes)
+        plan.check_dtype(self._scalar_dtype)
+        self._plan = plan
         for owner, strategy in changes.items():
             self._numbers.assign(owner, strategy)
 

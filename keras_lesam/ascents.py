@@ -25,6 +25,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _results
 from keras_lesam import _step
 from keras_lesam._data import Batch
 from keras_lesam._records import Step
@@ -152,8 +153,12 @@ class Ascent(Strategy):
         Returns:
             What `report` returns.
         """
-        inputs = inputs.only_if(self.gate(inputs.progress))
+        inputs = self._gated(inputs)
         return report(_step.in_parts(self.step, context, batch, inputs))
+
+    def _gated(self, inputs: StepInputs) -> StepInputs:
+        """Return the inputs of a step that ascends only if `gate` says so."""
+        return inputs.only_if(_results.gate(self, self.gate(inputs.progress)))
 
     def check(
         self, rule: Rule, budget: Budget, estimator: CurvatureEstimator
@@ -227,7 +232,7 @@ class Fraction(Ascent):
         report: Report,
     ) -> Any:
         """Take the step; where there is no budget, a plain one on all rows."""
-        inputs = inputs.only_if(self.gate(inputs.progress))
+        inputs = self._gated(inputs)
 
         def run(step: _step.StepFunction) -> Any:
             return report(_step.in_parts(step, context, batch, inputs))
@@ -429,7 +434,7 @@ class Every(Ascent):
         report: Report,
     ) -> Any:
         """Run the ascent itself, in one step of `n`."""
-        gated = inputs.only_if(self.gate(inputs.progress))
+        gated = self._gated(inputs)
         return self.ascent.run(context, batch, gated, report)
 
     def check(

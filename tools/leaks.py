@@ -116,7 +116,10 @@ def main():
     if args.kind:
         measure(args.kind, args.models, args.steps, args.units)
         return
-    print(f"left by each of {args.models} models of {args.steps} steps", flush=True)
+    print(
+        f"left by each of {args.models} models of {args.steps} steps",
+        flush=True,
+    )
     for kind in KINDS:
         command = [sys.executable, __file__, "--kind", kind, *sys.argv[1:]]
         subprocess.run(command, check=True)
