@@ -162,6 +162,27 @@ def model(value: Any) -> keras.Model:
     return value
 
 
+def real_array(name: str, values: Any) -> np.ndarray:
+    """Convert finite real numbers of the argument called `name` to an array.
+
+    Raises:
+        TypeError: if they are of another kind, or not of one shape.
+        ValueError: if one is not finite.
+    """
+    received = f"Received: {short(values)} in {name}"
+    try:
+        array = np.asarray(values)
+        # The kind of bfloat16 is "V".
+        is_number = array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"
+    except Exception:
+        is_number = False
+    if isinstance(values, np.ma.MaskedArray) or not is_number:
+        raise TypeError(f"`{name}` must be of real numbers. {received}")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"`{name}` must be of finite numbers. {received}")
+    return array
+
+
 def short(value: Any) -> str:
     """Return the `repr` of a value on one line, cut if it is long.
 

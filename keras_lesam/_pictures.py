@@ -25,10 +25,20 @@ def _peaks(density: np.ndarray) -> np.ndarray:
 def axes(ax: Any) -> Any:
     """Make an `Axes` unless there is one already."""
     if ax is not None:
-        return ax
+        return check("ax", ax)
     figure, ax = _pyplot().subplots(layout="constrained")
     del figure
     return _tidy(ax)
+
+
+def check(name: str, ax: Any) -> Any:
+    """Raise `TypeError` for what is no `Axes`."""
+    if isinstance(ax, type) or not hasattr(ax, "contourf"):
+        raise TypeError(
+            f"`{name}` must be matplotlib's Axes. "
+            f"Received: {name} of type {type(ax).__name__}"
+        )
+    return ax
 
 
 def two_axes() -> list[Any]:
