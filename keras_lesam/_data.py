@@ -241,6 +241,8 @@ def _is_nest(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, type | keras.KerasTensor):
+        return False
     return (
         tf.is_tensor(leaf)
         or hasattr(leaf, "__array__")
@@ -313,6 +315,11 @@ def _nest_of_arrays(name: str, nest: Any) -> Any:
             )
         return array
 
+    if nest is not None and not keras.tree.flatten(nest):
+        raise TypeError(
+            f"`{name}` must be an array with rows, or one for each input or "
+            f"output of the model. Received: {name} of {_type(nest)}, empty"
+        )
     return keras.tree.map_structure(convert, nest)
 
 

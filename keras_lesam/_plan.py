@@ -137,7 +137,9 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
     if _checks.is_schedule(amount):
         raise ValueError(
             "`rho` is a schedule, which is the whole budget over time: leave "
-            f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
+            "`budget` out. Received: "
+            f"rule={_checks.short(rule)}, "
+            f"budget={_checks.short(budget)}"
         )
     return budget.replace(sigma=amount)
 

@@ -284,6 +284,6 @@ def _check_perturb(perturb: Any) -> Any:
     if perturb is not None and not callable(perturb):
         raise TypeError(
             "`perturb` must be a callable from a variable to bool, or "
-            f"None. Received: perturb={perturb!r}"
+            f"None. Received: perturb={_checks.short(perturb)}"
         )
     return perturb

@@ -318,13 +318,14 @@ class _Memory(Ascent):
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' there is no pass "
                 "at the weights to take the curvature from: use "
-                f"curvature='none'. {given}, curvature={estimator!r}"
+                f"curvature='none'. {given}, "
+                f"curvature={_checks.short(estimator)}"
             )
         if _goes_by_losses(budget):
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' there is no pass "
                 "at the weights, and no loss for the budget to go by: use "
-                f"'batch'. {given}, budget={budget!r}"
+                f"'batch'. {given}, budget={_checks.short(budget)}"
             )
 
 
@@ -381,7 +382,7 @@ class Every(Ascent):
         if not isinstance(self.ascent, Ascent):
             raise TypeError(
                 "`ascent` must be one of keras_lesam.ascents, such as "
-                f"ascents.FullBatch(). Received: ascent={ascent!r}"
+                f"ascents.FullBatch(). Received: ascent={_checks.short(ascent)}"
             )
         if self.n > 1 and not self.ascent.makes_plain_pass:
             raise ValueError(
@@ -466,7 +467,8 @@ def from_arguments(
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' a step has one "
                 "pass, and nothing to save: leave `ascent_fraction` and "
-                f"`ascent_every` at 1. Received: ascent_from={ascent_from!r}, "
+                "`ascent_every` at 1. Received: "
+                f"ascent_from={_checks.short(ascent_from)}, "
                 f"ascent_fraction={fraction}, ascent_every={every}"
             )
         return Previous() if ascent_from == "previous" else Momentum()
