@@ -116,12 +116,12 @@ def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(
             f"`{name}` must be an object, not its class: make one, as in "
-            f"{example}. Received: {name}={value!r}"
+            f"{example}. Received: {name}={_checks.short(value)}"
         )
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be one of keras_lesam.{name}s, such as {example}. "
-            f"Received: {name}={value!r}"
+            f"Received: {name}={_checks.short(value)}"
         )
 
 

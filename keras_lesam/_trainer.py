@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_lesam import _checks
@@ -265,7 +266,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         """Return which of the trainable variables are perturbed."""
         return [
             _passes.is_weight(v)
-            and (self._perturb is None or bool(self._perturb(v)))
+            and (self._perturb is None or _moves(self._perturb, v))
             for v in self.trainable_variables
         ]
 
@@ -281,9 +282,23 @@ class SharpnessAwareTrainer(DelegatingModel):
 
 
 def _check_perturb(perturb: Any) -> Any:
-    if perturb is not None and not callable(perturb):
+    is_class = isinstance(perturb, type)
+    if perturb is not None and (is_class or not callable(perturb)):
         raise TypeError(
             "`perturb` must be a callable from a variable to bool, or "
             f"None. Received: perturb={_checks.short(perturb)}"
         )
     return perturb
+
+
+def _moves(perturb: Callable[[Any], Any], variable: Any) -> bool:
+    """Return whether a variable is perturbed, by the truth of an answer."""
+    answer = perturb(variable)
+    if tf.is_tensor(answer) or isinstance(
+        answer, np.ndarray | keras.Variable | type(NotImplemented)
+    ):
+        raise TypeError(
+            "`perturb` must return True or False for a variable. Received: "
+            f"{_checks.short(answer)} for {variable.path!r}"
+        )
+    return bool(answer)

@@ -226,7 +226,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             raise TypeError(
                 f"`{name}` can be assigned a number where it was a number; for "
                 f"a schedule make a new {type(self).__name__} around `.model`. "
-                f"Received: {name}={value!r}"
+                f"Received: {name}={_checks.short(value)}"
             )
         value = _checks.number(name, value, 0)
         if value and self._is_fitting:

@@ -202,9 +202,7 @@ class Fraction(Ascent):
     """
 
     def __init__(self, fraction: float) -> None:
-        self.fraction = _checks.number(
-            "ascent_fraction", fraction, 0, 1, above=True
-        )
+        self.fraction = _checks.number("fraction", fraction, 0, 1, above=True)
 
     @property
     def passes(self) -> float:
@@ -377,7 +375,7 @@ class Every(Ascent):
     """
 
     def __init__(self, n: int, ascent: Ascent | None = None) -> None:
-        self.n = _checks.integer("ascent_every", n, 1)
+        self.n = _checks.integer("n", n, 1)
         self.ascent = FullBatch() if ascent is None else ascent
         if not isinstance(self.ascent, Ascent):
             raise TypeError(

@@ -109,6 +109,9 @@ def hessian_vector_product(
     if not isinstance(vectors, list | tuple):
         raise ValueError(_NOT_PARALLEL + _describe(vectors))
     batch = to_batch(x, y, sample_weight)
+    if model.built:
+        # Else the shapes are known after the first batch only.
+        _check_vectors(vectors, model.trainable_variables)
     passes = prepare(model, batch)
     weights = _passes.read(model.trainable_variables)
     vectors = _check_vectors(vectors, model.trainable_variables)

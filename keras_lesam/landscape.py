@@ -6,7 +6,6 @@ dropout. The weights of the model are not written. The `plot_` functions need
 matplotlib: `pip install 'keras_lesam[landscape]'`.
 """
 
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,12 +210,14 @@ class _Around:
         batch_size = _checks.integer("batch_size", batch_size, 1)
         self.model = model
         self.batches = to_batches(*data, batch_size)
+        if model.built:
+            # Else the shapes are known after the first batch only.
+            _check_directions(model, name, directions, "float32")
         self._passes = prepare(model, self.batches[0])
         self._dtype = widest_dtype(model.trainable_variables)
-        self.directions = [
-            _check_direction(model, name, direction, self._dtype)
-            for direction in directions
-        ]
+        self.directions = _check_directions(
+            model, name, directions, self._dtype
+        )
         self._loss = tf.function(self._loss_of_batch, autograph=False)
 
     def losses(
@@ -279,7 +280,7 @@ def plot_line(
         ImportError: without matplotlib.
     """
     distances = _check_distances("distances", distances)
-    losses = _check_losses(losses, (len(distances),))
+    losses = _pictures.losses_of(losses, (len(distances),))
     ax = _pictures.axes(ax)
     ax.plot(distances, losses, **line)
     ax.set(xlabel="distance along the direction", ylabel="loss")
@@ -308,7 +309,7 @@ def plot_plane(
     """
     _check_pair("distances", distances)
     rows, columns = (_check_distances("distances", d) for d in distances)
-    losses = _check_losses(losses, (len(rows), len(columns)))
+    losses = _pictures.losses_of(losses, (len(rows), len(columns)))
     levels = _check_levels(levels)
     ax = _pictures.axes(ax)
     filled = ax.contourf(rows, columns, np.transpose(losses), levels)
@@ -438,16 +439,25 @@ def _random_filters(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return random.reshape(kernel.shape).astype(kernel.dtype)
 
 
+def _check_directions(
+    model: keras.Model, name: str, directions: Sequence[Any], dtype: str
+) -> list[list[tf.Tensor]]:
+    """Check directions and convert them to tensors of a dtype."""
+    return [_check_direction(model, name, d, dtype) for d in directions]
+
+
 def _check_direction(
     model: keras.Model, name: str, direction: Sequence[Any], dtype: str
 ) -> list[tf.Tensor]:
     """Check a direction and convert it to tensors of a dtype."""
     expected = [tuple(v.shape) for v in model.trainable_variables]
-    if not isinstance(direction, list | tuple | np.ndarray):
+    if not isinstance(direction, list | tuple | np.ndarray) or isinstance(
+        direction, np.ma.MaskedArray
+    ):
         raise TypeError(
             f"`{name}` must be a list of arrays like "
             "`model.trainable_variables`. Received: "
-            f"{name}={reprlib.repr(direction)}"
+            f"{name}={_checks.short(direction)}"
         )
     arrays = [_checks.real_array(name, d) for d in direction]
     shapes = [array.shape for array in arrays]
@@ -465,22 +475,8 @@ def _check_pair(name: str, pair: Any) -> None:
     if not isinstance(pair, list | tuple | np.ndarray) or len(pair) != 2:
         raise ValueError(
             f"`{name}` must be two of them. "
-            f"Received: {name}={reprlib.repr(pair)}"
+            f"Received: {name}={_checks.short(pair)}"
         )
-
-
-def _check_losses(losses: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Check losses, of which some may not be finite."""
-    try:
-        array = np.asarray(losses, float)
-    except Exception:
-        array = np.zeros(())
-    if array.shape != shape:
-        raise ValueError(
-            f"`losses` must be numbers of shape {shape}, one for each of "
-            f"`distances`. Received: losses={reprlib.repr(losses)}"
-        )
-    return array
 
 
 def _check_levels(levels: Any) -> Any:
@@ -498,6 +494,6 @@ def _check_distances(name: str, distances: Any) -> np.ndarray:
     if array.ndim != 1 or not array.size:
         raise ValueError(
             f"`{name}` must be a sequence of numbers, at least one. "
-            f"Received: {name}={reprlib.repr(distances)}"
+            f"Received: {name}={_checks.short(distances)}"
         )
     return array.astype("float64")

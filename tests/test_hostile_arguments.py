@@ -181,7 +181,8 @@ NOT_CALLED_BY_USERS = {
     *("Rule", "Budget", "Ascent", "CurvatureEstimator"),
     *("Gradients", "Weights", "combine", "usable_radius"),
 }
-DATA = ("x", "y", "sample_weight")
+# What is right is only known of a built model, or of its outputs.
+KNOWN_LATE = ("x", "y", "sample_weight", "variables", "k", "perturb")
 
 
 def targets():
@@ -248,7 +249,7 @@ def outcome(target, argument, value):
         message = str(error)
         if f"`{argument}`" not in message and f"{argument}=" not in message:
             return f"unnamed: {type(error).__name__}: {message[:300]}"
-        if CALLS and argument not in (*DATA, "variables", "k"):
+        if CALLS and argument not in KNOWN_LATE:
             return f"after the model was called: {message[:300]}"
         if before is not None and not all(
             np.array_equal(a, b) for a, b in zip(model.get_weights(), before)
@@ -270,3 +271,39 @@ def test_hostile_values(target, argument):
         if (found := outcome(target, argument, value)) is not None
     }
     assert not wrong, "\n".join(f"{k}: {v}" for k, v in wrong.items())
+
+
+STRATEGIES = [
+    value
+    for module in (rules, budgets, ascents, estimators)
+    for name in module.__all__
+    if name in TARGETS and isinstance(value := getattr(module, name), type)
+]
+
+
+@pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.__name__)
+def test_hostile_configs(kind):
+    """Missing and other arguments, and what is no config at all."""
+    arguments = NEEDED.get(kind.__name__, dict)()
+    config = kind(**arguments).get_config()
+    assert kind.from_config(config).get_config() == config
+    with pytest.raises(TypeError, match=r"`config` must have.*other"):
+        kind.from_config({**config, "other": 1})
+    for name in arguments:
+        rest = {k: v for k, v in config.items() if k != name}
+        with pytest.raises(TypeError, match=f"`config` must have.*{name}"):
+            kind.from_config(rest)
+    for value in HOSTILE.values():
+        if not isinstance(value, dict):
+            with pytest.raises(TypeError, match="`config` must be a dict"):
+                kind.from_config(value)
+    with pytest.raises(TypeError, match="has no argument `other`"):
+        kind(**arguments).replace(other=1)
+
+
+@pytest.mark.parametrize(
+    "answer", [tf.constant(True), np.ones(2), NotImplemented], ids=str
+)
+def test_a_choice_of_weights_that_is_no_bool(answer):
+    with pytest.raises(TypeError, match="`perturb` must return True or False"):
+        keras_lesam.LESAMModel(net(), perturb=lambda variable: answer)
