@@ -130,7 +130,6 @@ def loss_along(
             a `direction` of other shapes, and for `distances` that are no
             sequence of finite numbers.
     """
-    _checks.model(model)
     verbose = _checks.verbosity(verbose)
     points = [(t,) for t in _check_distances("distances", distances)]
     data = (x, y, sample_weight)
@@ -177,7 +176,6 @@ def loss_on_plane(
     Raises:
         TypeError, ValueError: as `loss_along`.
     """
-    _checks.model(model)
     verbose = _checks.verbosity(verbose)
     _check_pair("directions", directions)
     _check_pair("distances", distances)
@@ -208,10 +206,9 @@ class _Around:
         directions: Sequence[Sequence[Any]],
     ) -> None:
         batch_size = _checks.integer("batch_size", batch_size, 1)
-        self.model = model
+        self.model = _checks.model(model)
         self.batches = to_batches(*data, batch_size)
-        if model.built:
-            # Else the shapes are known after the first batch only.
+        if model.built:  # Else the shapes are not known yet.
             _check_directions(model, name, directions, "float32")
         self._passes = prepare(model, self.batches[0])
         self._dtype = widest_dtype(model.trainable_variables)
@@ -359,7 +356,7 @@ def plot_spectrum(
         # Of a single eigenvalue, or of several but for rounding: its own size.
         size = max(abs(low), abs(high))
         width = (max(high - low, 1e-6 * size) or 1.0) / 100
-    width = _checks.number("width", width, 0, above=True)
+    width = _checks.number("width", width, 1e-300, 1e300)
     ax = _pictures.axes(ax)
     span = high - low + 14 * width
     # Ten points to a width, for its peaks to be seen.
@@ -472,7 +469,8 @@ def _check_direction(
 
 def _check_pair(name: str, pair: Any) -> None:
     """Raise `ValueError` for anything but two."""
-    if not isinstance(pair, list | tuple | np.ndarray) or len(pair) != 2:
+    is_list = isinstance(pair, list | tuple | np.ndarray)
+    if not is_list or pair is np.ma.masked or len(pair) != 2:
         raise ValueError(
             f"`{name}` must be two of them. "
             f"Received: {name}={_checks.short(pair)}"
@@ -480,9 +478,11 @@ def _check_pair(name: str, pair: Any) -> None:
 
 
 def _check_levels(levels: Any) -> Any:
-    """Check for a number of contours, or a sequence of losses."""
+    """Check for a number of contours, or a sequence of losses, at least two."""
     if isinstance(levels, list | tuple | np.ndarray):
-        return np.sort(_check_distances("levels", levels))
+        found = np.unique(_check_distances("levels", levels))
+        if len(found) > 1:
+            return found
     return _checks.integer("levels", levels, 1, 1000)
 
 
