@@ -109,7 +109,7 @@ def hessian_vector_product(
     if not isinstance(vectors, list | tuple):
         raise ValueError(_NOT_PARALLEL + _describe(vectors))
     batch = to_batch(x, y, sample_weight)
-    if model.built:
+    if model.built and model.compiled:
         # Else the shapes are known after the first batch only.
         _check_vectors(vectors, model.trainable_variables)
     passes = prepare(model, batch)

@@ -208,7 +208,7 @@ class _Around:
         batch_size = _checks.integer("batch_size", batch_size, 1)
         self.model = _checks.model(model)
         self.batches = to_batches(*data, batch_size)
-        if model.built:  # Else the shapes are not known yet.
+        if model.built and model.compiled:  # Else that comes first.
             _check_directions(model, name, directions, "float32")
         self._passes = prepare(model, self.batches[0])
         self._dtype = widest_dtype(model.trainable_variables)
