@@ -38,7 +38,8 @@ def state(owner: Any, method: str, value: Any) -> dict[str, Any]:
 
 def scalar(owner: Any, method: str, value: Any, dtype: Any) -> tf.Tensor:
     """Check a number and cast it to the dtype of all scalars."""
-    if isinstance(value, float | int | np.floating | np.integer):
+    kinds = float | int | np.floating | np.integer
+    if isinstance(value, kinds) and not isinstance(value, bool):
         # Not by way of float32, in which TensorFlow takes Python's numbers.
         value = np.asarray(value, tf.as_dtype(dtype).as_numpy_dtype)
     tensor = _tensor(value)
