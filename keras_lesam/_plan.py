@@ -1,15 +1,19 @@
 """Rule, budget, ascent and curvature together: defaults and exclusions."""
 
 import dataclasses
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from keras_lesam import _checks
+from keras_lesam import _results
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
+from keras_lesam._strategy import Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,25 @@ class TrainingPlan:
     budget: budgets.Budget
     ascent: ascents.Ascent
     estimator: estimators.CurvatureEstimator
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise `ValueError` for numbers that a step's dtype cannot hold."""
+        for owner in ("rule", "budget"):
+            for name, value in _floats_of(getattr(self, owner)):
+                _checks.representable(name, value, dtype, owner)
+
+    def init_state(self, weights: rules.Weights, dtype: str) -> Any:
+        """Return the states before the first step, by component."""
+        made = {
+            "budget": (self.budget, self.budget.init_state()),
+            "curvature": (self.estimator, self.estimator.init_state(dtype)),
+            "ascent": (self.ascent, self.ascent.init_state(weights)),
+            "rule": (self.rule, self.rule.init_state(weights)),
+        }
+        return {
+            component: _results.state(owner, "init_state", value)
+            for component, (owner, value) in made.items()
+        }
 
     @classmethod
     def of(
@@ -73,16 +96,32 @@ class TrainingPlan:
             )
 
 
+def _floats_of(strategy: Strategy) -> Iterator[tuple[str, float]]:
+    """Yield the arguments that are floats, by name.
+
+    Not those of a user's own class, which may mean anything.
+    """
+    ours = next(
+        cls
+        for cls in type(strategy).__mro__
+        if cls.__module__.startswith("keras_lesam.")
+    )
+    for name in inspect.signature(ours).parameters:
+        value = getattr(strategy, name, None)
+        if isinstance(value, float):
+            yield name, value
+
+
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(
             f"`{name}` must be an object, not its class: make one, as in "
-            f"{example}. Received: {name}={value!r}"
+            f"{example}. Received: {name}={_checks.short(value)}"
         )
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be one of keras_lesam.{name}s, such as {example}. "
-            f"Received: {name}={value!r}"
+            f"Received: {name}={_checks.short(value)}"
         )
 
 
@@ -98,7 +137,9 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
     if _checks.is_schedule(amount):
         raise ValueError(
             "`rho` is a schedule, which is the whole budget over time: leave "
-            f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
+            "`budget` out. Received: "
+            f"rule={_checks.short(rule)}, "
+            f"budget={_checks.short(budget)}"
         )
     return budget.replace(sigma=amount)
 

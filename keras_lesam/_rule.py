@@ -25,6 +25,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_lesam import _passes
+from keras_lesam import _results
 from keras_lesam import _vectors
 from keras_lesam._gradients import Gradients
 from keras_lesam._strategy import Strategy
@@ -168,8 +169,16 @@ class Rule(Strategy):
             A `Perturbation`.
         """
         del state
+        scaling = _results.parallel(
+            self, "scaling", "`T`", self.scaling(weights), len(weights)
+        )
+
+        def radius(*args: Any) -> tf.Tensor:
+            found = self.radius(*args)
+            return _results.scalar(self, "radius", found, budget.dtype)
+
         return perturbation_along(
-            gradients, self.scaling(weights), budget, self.radius, curvature
+            gradients, [*scaling], budget, radius, curvature
         )
 
     def update(

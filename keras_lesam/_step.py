@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_lesam import _data
 from keras_lesam import _host_random
 from keras_lesam import _passes
+from keras_lesam import _results
 from keras_lesam import _vectors
 from keras_lesam import estimators
 from keras_lesam._data import Batch
@@ -114,9 +115,8 @@ def memory_step(
     if inputs.budget is None:
         raise ValueError("The budget needs a pass at the weights.")
     budget = inputs.spendable(inputs.budget)
-    perturbation = context.rule.perturb(
-        means, weights, budget, inputs.states["rule"]
-    )
+    found = context.rule.perturb(means, weights, budget, inputs.states["rule"])
+    perturbation = _checked(context, found, weights)
     point = context.passes.there(
         model, _moved(weights, perturbation), batch, inputs.model_state
     )
@@ -143,17 +143,23 @@ def in_parts(
     are the states. Each part starts from the model state that the part before
     left.
     """
+    owner = getattr(step, "__self__", step)
     if context.num_batch_splits == 1:
-        return step(context, batch, inputs)
+        found = step(context, batch, inputs)
+        return _results.instance(owner, "step", found, Step)
     steps, weights = [], []
     model_state = {id(v): (v, value) for v, value in inputs.model_state}
     rows = _data.count_rows(batch)
     for start, stop, weight in _data.split_rows(rows, context.num_batch_splits):
         part = _data.take_rows(batch, start, stop)
         started = inputs._replace(model_state=list(model_state.values()))
-        steps.append(step(context, part, started))
+        found = step(context, part, started)
+        steps.append(_results.instance(owner, "step", found, Step))
         weights.append(weight)
-        model_state.update({id(v): (v, s) for v, s in steps[-1].model_state})
+        for variable, value in steps[-1].model_state:
+            _, before = model_state.get(id(variable), (None, variable.value))
+            value = _data.if_used(weight, value, before)
+            model_state[id(variable)] = variable, value
     return _mean_step(context, steps, weights, list(model_state.values()))
 
 
@@ -198,12 +204,32 @@ def first_pass(
 def perturb(first: FirstPass) -> Perturbation:
     """Return the perturbation that the rule makes of the first pass."""
     context, states = first.context, first.inputs.states
-    return context.rule.perturb(
+    curvature = _results.curvature(
+        context.estimator,
+        context.estimator.estimate(first, states["curvature"]),
+        context.dtype,
+    )
+    perturbation = context.rule.perturb(
         first.gradients,
         first.weights,
         first.budget,
         states["rule"],
-        context.estimator.estimate(first, states["curvature"]),
+        curvature,
+    )
+    return _checked(context, perturbation, first.weights)
+
+
+def _checked(
+    context: StepContext, perturbation: Any, weights: Tensors
+) -> Perturbation:
+    """Return what a rule has made, which may be a user's own."""
+    rule, dtype = context.rule, context.dtype
+    _results.instance(rule, "perturb", perturbation, Perturbation)
+    eps, radius, norm = perturbation
+    return Perturbation(
+        _results.like_weights(rule, "perturb", "`eps`", eps, weights),
+        _results.scalar(rule, "perturb", radius, dtype),
+        _results.scalar(rule, "perturb", norm, dtype),
     )
 
 
@@ -250,10 +276,18 @@ def finish(
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
     if first.losses is not None:
-        states["budget"] = context.budget.update(first.losses, states["budget"])
+        states["budget"] = _results.state(
+            context.budget,
+            "update",
+            context.budget.update(first.losses, states["budget"]),
+        )
     if rise is not None:
-        states["curvature"] = context.estimator.update(
-            first, perturbation, rise, states["curvature"]
+        states["curvature"] = _results.state(
+            context.estimator,
+            "update",
+            context.estimator.update(
+                first, perturbation, rise, states["curvature"]
+            ),
         )
     return Step(
         gradients=gradients,
@@ -290,7 +324,7 @@ def _allowed(
             f"{context.budget!r} must return a scalar tensor when it is given "
             "the losses of the step. Received: None"
         )
-    return tf.cast(budget, context.dtype)
+    return _results.scalar(context.budget, "__call__", budget, context.dtype)
 
 
 def _update(
@@ -301,8 +335,11 @@ def _update(
     zero = tf.zeros_like(perturbation.radius)
     plain = context.gradients(first.point.gradients, zero)
     perturbed = context.gradients(scaled, perturbation.radius)
-    updated, state = context.rule.update(
-        plain, perturbed, first.inputs.states["rule"]
+    updated, state = _results.update(
+        context.rule,
+        context.rule.update(plain, perturbed, first.inputs.states["rule"]),
+        perturbed,
+        first.weights,
     )
     if updated is perturbed:
         return scaled, state

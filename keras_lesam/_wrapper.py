@@ -226,7 +226,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             raise TypeError(
                 f"`{name}` can be assigned a number where it was a number; for "
                 f"a schedule make a new {type(self).__name__} around `.model`. "
-                f"Received: {name}={value!r}"
+                f"Received: {name}={_checks.short(value)}"
             )
         value = _checks.number(name, value, 0)
         if value and self._is_fitting:
@@ -240,7 +240,9 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
 
     def _set(self, **changes: Any) -> None:
         """Replace rule or budget by one that differs in its numbers only."""
-        self._plan = dataclasses.replace(self._plan, **changes)
+        plan = dataclasses.replace(self._plan, **changes)
+        plan.check_dtype(self._scalar_dtype)
+        self._plan = plan
         for owner, strategy in changes.items():
             self._numbers.assign(owner, strategy)
 

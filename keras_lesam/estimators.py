@@ -136,7 +136,7 @@ class Exact(CurvatureEstimator):
 
     def __init__(self, method: str = "auto") -> None:
         self._method = _hessian.resolve(
-            _checks.choice("hvp_method", method, _hessian.CHOICES)
+            _checks.choice("method", method, _hessian.CHOICES)
         )
 
     def recording(self, weights: Tensors) -> Any:
