@@ -98,10 +98,12 @@ def representable(name: str, value: float, dtype: str, owner: str) -> None:
         ValueError: if it is too large, or so small that it would count as 0.
     """
     limits = np.finfo(dtype)
-    if value and not limits.tiny <= abs(value) <= limits.max:
+    # As Python's numbers: NumPy would cast `value` to the dtype first.
+    least, most = float(limits.tiny), float(limits.max)
+    if value and not least <= abs(value) <= most:
         raise ValueError(
             f"`{name}` of `{owner}` must be a number that {dtype} can hold: "
-            f"0, or from {limits.tiny:.3g} to {limits.max:.3g}. "
+            f"0, or from {least:.3g} to {most:.3g}. "
             f"Received: {name}={value!r}"
         )
 
