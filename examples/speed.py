@@ -3,6 +3,7 @@
     python speed.py
     python speed.py --nets vit --pairs 11 --markdown
     python speed.py --curvature none secant hvp forward_over_reverse
+    python speed.py --passes stateless in_place
 
 Trains each net twice from the same weights, plainly and by LE-SAM, in blocks
 of one epoch that take turns, and compares the seconds of neighbours. There is
@@ -10,7 +11,9 @@ neither warm-up nor annealing: all steps of LE-SAM have two passes. Two passes
 are a ratio of 2; the optimizer and the input are paid once in both. With
 `--curvature`, other ways to meet the budget than to first order: by secants, or
 by Hessian-vector products, with each of the ways to differentiate twice (`hvp`
-is the default one, `reverse_over_reverse`).
+is the default one, `reverse_over_reverse`). With `--passes in_place`, what it
+costs that a net has one weight which is read behind a `tf.function`: the step
+then moves the weights in place and puts them back.
 
 Takes a few minutes on two cores; all curvatures, ten.
 """
@@ -18,11 +21,13 @@ Takes a few minutes on two cores; all curvatures, ten.
 import argparse
 import functools
 import statistics
+import warnings
 
 import _common
 import _nets
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_lesam import LESAMModel
 
@@ -46,6 +51,7 @@ COLUMNS = {
     "net": 8,
     "mode": 5,
     "curvature": 20,
+    "passes": 9,
     "ratio": 6,
     "min": 6,
     "max": 6,
@@ -59,13 +65,17 @@ COLUMNS = {
 
 def main():
     args = parse_args()
+    # That the weights are moved in place, which the table says.
+    warnings.filterwarnings("ignore", ".* moves its weights in place")
     tell(COLUMNS, args.markdown)
     if args.markdown:
         tell(["-" * width for width in COLUMNS.values()], args.markdown)
     for net in args.nets:
         for mode in args.modes:
             for curvature in args.curvature:
-                tell(measure(net, mode, curvature, args), args.markdown)
+                for passes in args.passes:
+                    row = measure(net, mode, curvature, passes, args)
+                    tell(row, args.markdown)
     print(
         f"\nMedian, least and largest ratio of {args.pairs} pairs of blocks, "
         f"{args.steps} steps of {BATCH_SIZE} images each; median milliseconds "
@@ -84,6 +94,7 @@ def parse_args():
     add("--nets", nargs="+", choices=NETS, default=NETS)
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--curvature", nargs="+", choices=CURVATURES, default=["none"])
+    add("--passes", nargs="+", choices=PASSES, default=["stateless"])
     add("--pairs", type=int, default=9, help="of blocks to compare")
     add("--steps", type=int, default=20, help="steps in a block")
     add("--markdown", action="store_true", help="print the table in Markdown")
@@ -94,15 +105,15 @@ def parse_args():
     return args
 
 
-def measure(net, mode, curvature, args):
+def measure(net, mode, curvature, passes, args):
     """Measure a row of the table: one net, with or without XLA."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     shape, _ = NETS[net]
     data = random_data(shape, args.steps)
-    plain = Trainee(net, mode, data, plain_fit)
+    plain = Trainee(net, mode, passes, data, plain_fit)
     wrap = functools.partial(lesam_fit, **CURVATURES[curvature])
-    lesam = Trainee(net, mode, data, wrap)
+    lesam = Trainee(net, mode, passes, data, wrap)
     lesam.net.set_weights(plain.net.get_weights())
     plain.block()
     first = lesam.block() * args.steps
@@ -111,7 +122,7 @@ def measure(net, mode, curvature, args):
     ratios = [b / a for a, b in pairs]
     plain_ms, lesam_ms = (1e3 * statistics.median(s) for s in zip(*pairs))
     return [
-        *(net, mode, curvature, f"{statistics.median(ratios):.2f}x"),
+        *(net, mode, curvature, passes, f"{statistics.median(ratios):.2f}x"),
         *(f"{min(ratios):.2f}", f"{max(ratios):.2f}"),
         *(f"{plain_ms:.1f}", f"{lesam_ms:.1f}"),
         *(f"{lesam.logs['rho']:.3f}", str(lesam.counter.traces - traces)),
@@ -138,6 +149,7 @@ class Trainee:
     Args:
         net: String, a key of `NETS`.
         mode: String, a key of `MODES`.
+        passes: String, a key of `PASSES`.
         data: Arrays of images and labels, one block of training.
         method: Callable from the net to the model to fit.
 
@@ -147,10 +159,10 @@ class Trainee:
         logs: Dict of floats, the logs of the last block.
     """
 
-    def __init__(self, net, mode, data, method):
+    def __init__(self, net, mode, passes, data, method):
         shape, build = NETS[net]
         self.data = data
-        self.counter = TraceCounter()
+        self.counter = PASSES[passes]()
         self.net = keras.Sequential(
             [keras.Input(shape), self.counter, build(shape)]
         )
@@ -190,6 +202,23 @@ class TraceCounter(keras.layers.Layer):
     def call(self, inputs):
         self.traces += 1
         return inputs
+
+
+class HiddenScale(TraceCounter):
+    """Scales its input by a weight that is read behind a `tf.function`."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, inputs):
+        return self.scaled(super().call(inputs))
+
+    @tf.function
+    def scaled(self, inputs):
+        return inputs * self.scale
+
+
+PASSES = {"stateless": TraceCounter, "in_place": HiddenScale}
 
 
 def plain_fit(net):

@@ -58,19 +58,30 @@ def split_rows(rows: Any, parts: int) -> Iterator[tuple[Any, Any, Any]]:
     """Yield `(start, stop, weight)` of each part of a batch.
 
     The weight is the part's in a mean over parts, whatever their sizes. A
-    batch of fewer rows than `parts` is taken row by row.
+    batch of fewer rows than `parts` is taken row by row; one without rows, as
+    the last of a replica may be, is one part.
     """
     if isinstance(rows, int):
-        parts = min(parts, rows)
+        parts = max(1, min(parts, rows))
     for i in range(parts):
         start, stop = i * rows // parts, (i + 1) * rows // parts
         if isinstance(rows, int):
             yield start, stop, 1 / parts
         else:
             # An empty part borrows a row, and weighs nothing.
-            weight = tf.cast(stop > start, tf.float64)
-            weight /= tf.cast(tf.minimum(parts, rows), tf.float64)
+            counts = stop > start
+            if i == 0:
+                counts |= tf.equal(rows, 0)
+            used = tf.maximum(tf.minimum(parts, rows), 1)
+            weight = tf.cast(counts, tf.float64) / tf.cast(used, tf.float64)
             yield start, tf.maximum(stop, start + 1), weight
+
+
+def if_used(weight: Any, value: Any, otherwise: Any) -> Any:
+    """Return what a part has left, or what was there if it weighs nothing."""
+    if isinstance(weight, float):
+        return value
+    return tf.where(weight > 0, value, otherwise)
 
 
 def join_rows(nests: list[Any], weights: list[Any]) -> Any:
@@ -230,6 +241,8 @@ def _is_nest(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, type | keras.KerasTensor):
+        return False
     return (
         tf.is_tensor(leaf)
         or hasattr(leaf, "__array__")
@@ -302,6 +315,11 @@ def _nest_of_arrays(name: str, nest: Any) -> Any:
             )
         return array
 
+    if nest is not None and not keras.tree.flatten(nest):
+        raise TypeError(
+            f"`{name}` must be an array with rows, or one for each input or "
+            f"output of the model. Received: {name} of {_type(nest)}, empty"
+        )
     return keras.tree.map_structure(convert, nest)
 
 

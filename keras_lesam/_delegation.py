@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lesam import _checks
 from keras_lesam import _passes
 from keras_lesam import _tasks
 from keras_lesam import _workarounds
@@ -60,7 +61,9 @@ class DelegatingModel(StandIn):
     def __init__(self, model: keras.Model, name: str | None = None) -> None:
         _check_model(model)
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"`name` must be a string. Received: name={name!r}")
+            raise TypeError(
+                f"`name` must be a string. Received: name={_checks.short(name)}"
+            )
         super().__init__(model, name)
 
     def compute_loss(
@@ -237,13 +240,14 @@ def _check_model(model: Any) -> None:
     if isinstance(model, DelegatingModel):
         raise ValueError(
             f"`model` is a {type(model).__name__} already; wrap its `.model`. "
-            f"Received: model={model!r}"
+            f"Received: model={_checks.short(model)}"
         )
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a keras.Model (of Keras 3; a model of tf_keras "
             "is not one). "
-            f"Received: model={model!r} of type {type(model).__module__}."
+            "Received: "
+            f"model={_checks.short(model)} of type {type(model).__module__}."
             f"{type(model).__name__}"
         )
     _refuse_custom_steps(model)

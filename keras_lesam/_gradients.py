@@ -113,16 +113,35 @@ class Gradients(Sequence[Any]):
         Raises:
             RuntimeError: in a branch, where replicas would have to meet.
         """
-        if not self._scales.is_global:
-            return _vectors.dot([*self], [*other], self._scales.dtype)
         self.reduce_with(other)
-        return _vectors.dot(
-            self._totals or [], other._totals or [], self._scales.dtype
-        )
+        return _vectors.dot(self._whole(), other._whole(), self._scales.dtype)
 
     def norm(self) -> tf.Tensor:
-        """Return the norm over all weights; see `dot`."""
-        return tf.sqrt(self.dot(self))
+        """Return the norm over all weights; see `dot`.
+
+        Right wherever it is within range, which its square need not be.
+        """
+        self.reduce_with(self)
+        return _vectors.norm(self._whole(), self._scales.dtype)
+
+    def orthogonal_to(self, other: "Gradients") -> Tensors:
+        """Return the component orthogonal to others, `v - (v.o / ||o||^2) o`.
+
+        Right wherever both norms are within range, and `v` where the others
+        are 0. See `dot` for replicas.
+
+        Returns:
+            List like the gradients, in float32 where those have 16 bits.
+        """
+        self.reduce_with(other)
+        length = other.norm()
+        size = _vectors.component(self._whole(), other._whole(), length)
+        return [
+            v
+            if v is None or o is None
+            else _vectors.wide(v) - _vectors.along(o, size, length)
+            for v, o in zip(self, other)
+        ]
 
     def reduce_with(self, other: "Gradients") -> None:
         """Let inner products of both be taken in a branch too.
@@ -146,6 +165,10 @@ class Gradients(Sequence[Any]):
         sums = _passes.sum_over_replicas([g._scaled_weights() for g in missing])
         for gradients, total in zip(missing, sums):
             gradients._totals = _divided(total, self._scales.whole)
+
+    def _whole(self) -> Tensors:
+        """Return the gradients that inner products are taken of."""
+        return [*self] if self._totals is None else self._totals
 
     def _scaled_weights(self) -> Tensors:
         return [
@@ -177,7 +200,7 @@ def _divided(vector: Tensors, scale: Any) -> Tensors:
     """
     if _is_one(scale):
         return vector
-    wide = [None if v is None else _wide(v) for v in vector]
+    wide = [None if v is None else _vectors.wide(v) for v in vector]
     return [None if v is None else v / _scale(scale, v.dtype) for v in wide]
 
 
@@ -194,10 +217,6 @@ def _is_one(scale: Any) -> bool:
 def _scale(scale: Any, dtype: Any) -> Any:
     # A Python number that is cast is rounded to float32 first.
     return scale if isinstance(scale, float) else tf.cast(scale, dtype)
-
-
-def _wide(tensor: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
 
 
 def _graph() -> Any:

@@ -61,7 +61,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     batch if it is neither adaptive nor by `ascent_from` (loss units per
     weight-space distance); `rho` (weight-space distance); and `sharpness`, the
     rise `L(w + eps) - L(w)` that was reached (loss units). With `sigma=0`
-    nothing looks at the gradients, and `gradient_norm` is nan.
+    nothing looks at the gradients, and all four are 0.
 
     Args:
         model: A `keras.Model`: functional, sequential or subclassed, built or

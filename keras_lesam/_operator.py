@@ -90,6 +90,8 @@ class HessianOperator:
         verbose: int = 0,
     ) -> None:
         _checks.choice("method", method, _hessian.CHOICES)
+        _checks.model(model)
+        verbose = _checks.verbosity(verbose)
         batch_size = _checks.integer("batch_size", batch_size, 1)
         batches = to_batches(x, y, sample_weight, batch_size)
         self._set_up(model, batches, variables, method, verbose)
@@ -99,6 +101,12 @@ class HessianOperator:
         cls, model: keras.Model, batches: list[Batch]
     ) -> "HessianOperator":
         """Make the operator of batches that are tensors already."""
+        _checks.model(model)
+        if not isinstance(batches, list) or not batches:
+            raise TypeError(
+                "`batches` must be a list of batches, at least one. "
+                f"Received: batches={_checks.short(batches)}"
+            )
         operator = cls.__new__(cls)
         operator._set_up(model, batches, None, "auto", 0)
         return operator
@@ -132,7 +140,7 @@ class HessianOperator:
             ValueError: if `v` is not of `size` elements.
             RuntimeError: if the model has other trainable variables by now.
         """
-        vector = np.ravel(vector)
+        vector = _checks.real_array("vector", vector).ravel()
         if vector.size != self.size:
             raise ValueError(
                 "`vector` must have one element for each weight. Received: "
@@ -163,8 +171,14 @@ class HessianOperator:
 
     def unflatten(self, vector: Any) -> list[np.ndarray]:
         """Return a vector as a list of arrays like the variables."""
+        vector = _checks.real_array("vector", vector)
+        if vector.shape != (self.size,):
+            raise ValueError(
+                "`vector` must have one element for each weight. Received: "
+                f"shape {vector.shape}, for {self.size} weights"
+            )
         ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
-        parts = np.split(np.asarray(vector), ends[:-1])
+        parts = np.split(vector, ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes)]
 
     def _product_of_batch(self, vector: tf.Tensor, batch: Batch) -> tf.Tensor:
@@ -200,11 +214,7 @@ def prepare(model: Any, batch: Batch) -> Passes:
         ValueError: if it is not compiled, or has nothing to train; or if the
             batch lacks inputs of the model, or targets that its loss needs.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a keras.Model. Received: "
-            f"model={model!r} of type {type(model).__name__}"
-        )
+    _checks.model(model)
     if not model.compiled:
         raise ValueError(
             "`model` must be compiled: the curvature is that of the loss that "

@@ -271,14 +271,26 @@ class _RecordingScope(keras.StatelessScope):
 
     The scope itself knows values by the id of their variable; the list also
     names variables that no model owns, such as Keras's global seed.
+
+    Raises:
+        ValueError: at a write inside of a branch, a loop or a function. It is
+            found out before, if not with several replicas.
     """
 
     def __init__(self, state_mapping: list[tuple[Any, Any]]) -> None:
         super().__init__(state_mapping, collect_losses=True)
         self._updated: dict[int, Any] = {}
+        self._graph = tf.compat.v1.get_default_graph()
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         variable, _ = update
+        if tf.compat.v1.get_default_graph() is not self._graph:
+            raise ValueError(
+                "`model` writes state inside of a branch, a loop or a "
+                "`tf.function`, from where a pass that writes nothing cannot "
+                "carry it. One replica trains such a model in place, several "
+                f"cannot. Received: model with the state {variable.path!r}"
+            )
         self._updated[id(variable)] = variable
         super().add_update(update)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_lesam import _checks
+
 
 def limits(densities: Sequence[np.ndarray]) -> tuple[float, float]:
     """Choose limits in which every peak of some densities can be seen."""
@@ -25,10 +27,34 @@ def _peaks(density: np.ndarray) -> np.ndarray:
 def axes(ax: Any) -> Any:
     """Make an `Axes` unless there is one already."""
     if ax is not None:
-        return ax
+        return check("ax", ax)
     figure, ax = _pyplot().subplots(layout="constrained")
     del figure
     return _tidy(ax)
+
+
+def check(name: str, ax: Any) -> Any:
+    """Raise `TypeError` for what is no `Axes`."""
+    if isinstance(ax, type) or not hasattr(ax, "contourf"):
+        raise TypeError(
+            f"`{name}` must be matplotlib's Axes. "
+            f"Received: {name} of type {type(ax).__name__}"
+        )
+    return ax
+
+
+def losses_of(losses: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Check losses, of which some may not be finite."""
+    try:
+        array = np.asarray(losses, float)
+    except Exception:
+        array = np.zeros(())
+    if array.shape != shape:
+        raise ValueError(
+            f"`losses` must be numbers of shape {shape}, one for each of "
+            f"`distances`. Received: losses={_checks.short(losses)}"
+        )
+    return array
 
 
 def two_axes() -> list[Any]:

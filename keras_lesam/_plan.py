@@ -1,17 +1,20 @@
 """Rule, budget, ascent and curvature together: defaults and exclusions."""
 
 import dataclasses
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from keras_lesam import _checks
 from keras_lesam import _reference
+from keras_lesam import _results
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
-from keras_lesam._records import States
+from keras_lesam._strategy import Strategy
 
 # That of `LESAMModel` without arguments.
 DEFAULT_BUDGET = rules.LossEquated().default_budget()
@@ -32,6 +35,40 @@ class TrainingPlan:
     budget: budgets.Budget
     ascent: ascents.Ascent
     estimator: estimators.CurvatureEstimator
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise `ValueError` for numbers that a step's dtype cannot hold."""
+        for owner in ("rule", "budget"):
+            for name, value in _floats_of(getattr(self, owner)):
+                _checks.representable(name, value, dtype, owner)
+
+    def init_state(
+        self, weights: rules.Weights, outputs: Any, dtype: str
+    ) -> Any:
+        """Return the states before the first step, by component.
+
+        Args:
+            weights: The weights of the model.
+            outputs: A `tf.TensorSpec` of each output; `None`: not known yet.
+            dtype: Of all scalars.
+        """
+        is_remembered = not self.ascent.makes_plain_pass and (
+            self.budget.needs_reference or self.budget.takes_earlier_losses
+        )
+        reference = _reference.init_state(
+            self.budget, is_remembered, outputs, dtype
+        )
+        made = {
+            "budget": (self.budget, self.budget.init_state()),
+            "curvature": (self.estimator, self.estimator.init_state(dtype)),
+            "ascent": (self.ascent, self.ascent.init_state(weights)),
+            "rule": (self.rule, self.rule.init_state(weights)),
+            "reference": (self.budget, reference),
+        }
+        return {
+            component: _results.state(owner, "init_state", value)
+            for component, (owner, value) in made.items()
+        }
 
     @classmethod
     def of(
@@ -57,29 +94,6 @@ class TrainingPlan:
         )
         plan._check_together()
         return plan
-
-    def init_state(
-        self, weights: rules.Weights, outputs: Any, dtype: Any
-    ) -> States:
-        """Return the state of each component before the first step.
-
-        Args:
-            weights: The weights of the model.
-            outputs: A `tf.TensorSpec` of each output; `None`: not known yet.
-            dtype: Of all scalars.
-        """
-        is_remembered = not self.ascent.makes_plain_pass and (
-            self.budget.needs_reference or self.budget.takes_earlier_losses
-        )
-        return {
-            "budget": self.budget.init_state(),
-            "curvature": self.estimator.init_state(dtype),
-            "ascent": self.ascent.init_state(weights),
-            "rule": self.rule.init_state(weights),
-            "reference": _reference.init_state(
-                self.budget, is_remembered, outputs, dtype
-            ),
-        }
 
     def _check_together(self) -> None:
         self.ascent.check(self.rule, self.budget, self.estimator)
@@ -132,16 +146,32 @@ def loss_budget(
     )
 
 
+def _floats_of(strategy: Strategy) -> Iterator[tuple[str, float]]:
+    """Yield the arguments that are floats, by name.
+
+    Not those of a user's own class, which may mean anything.
+    """
+    ours = next(
+        cls
+        for cls in type(strategy).__mro__
+        if cls.__module__.startswith("keras_lesam.")
+    )
+    for name in inspect.signature(ours).parameters:
+        value = getattr(strategy, name, None)
+        if isinstance(value, float):
+            yield name, value
+
+
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(
             f"`{name}` must be an object, not its class: make one, as in "
-            f"{example}. Received: {name}={value!r}"
+            f"{example}. Received: {name}={_checks.short(value)}"
         )
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be one of keras_lesam.{name}s, such as {example}. "
-            f"Received: {name}={value!r}"
+            f"Received: {name}={_checks.short(value)}"
         )
 
 
@@ -157,7 +187,9 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
     if _checks.is_schedule(amount):
         raise ValueError(
             "`rho` is a schedule, which is the whole budget over time: leave "
-            f"`budget` out. Received: rule={rule!r}, budget={budget!r}"
+            "`budget` out. Received: "
+            f"rule={_checks.short(rule)}, "
+            f"budget={_checks.short(budget)}"
         )
     return budget.replace(sigma=amount)
 

@@ -1,14 +1,19 @@
-"""Where in the training a step is: steps of a whole that `fit` knows."""
+"""Where in the training a step is, and what the progress bar shows of it."""
 
 import warnings
 from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_lesam import _checks
 from keras_lesam._state import scalar_variable
 from keras_lesam.budgets import Progress
+
+# What a step logs beside loss and metrics.
+STATISTICS = ("rho", "gradient_norm", "sharpness", "sigma")
 
 NO_LENGTH = (
     "The budget's warm-up and annealing are shares of the whole training, and "
@@ -135,3 +140,71 @@ def with_callback(callbacks: Any, callback: Any, model: keras.Model) -> Any:
         callbacks.callbacks.append(callback)
         return callbacks
     return [*keras.tree.flatten(callbacks or []), callback]
+
+
+class ProgressBar(keras.callbacks.ProgbarLogger):
+    """Shows progress as `fit` does, with some of the step's numbers.
+
+    By default the bar of `fit` (`verbose=1`) is that of the plain model: four
+    more numbers would not fit in the line of a terminal, which then keeps a
+    stale line of each refresh. `History`, the other callbacks and the lines of
+    `verbose=2` have all numbers. A number that is 0 is left out of the bar, as
+    at the start of a warm-up.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam import LESAMModel
+    >>> from keras_lesam.callbacks import ProgressBar
+    >>> model = LESAMModel(keras.Sequential([keras.layers.Dense(1)]))
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.rand(64, 3), np.random.rand(64, 1)
+    >>> bar = ProgressBar(["rho", "sharpness"])
+    >>> history = model.fit(x, y, callbacks=[bar], verbose=0)
+
+    Args:
+        numbers: Names of the numbers to show beside the loss and the metrics:
+            any of `"rho"`, `"gradient_norm"`, `"sharpness"`, `"sigma"`.
+
+    Raises:
+        TypeError: if `numbers` is a string or has no items.
+        ValueError: if one of the names is another.
+    """
+
+    def __init__(self, numbers: Iterable[str] = ("rho",)) -> None:
+        super().__init__()
+        if isinstance(numbers, str | bytes) or not isinstance(
+            numbers, Iterable
+        ):
+            raise TypeError(
+                "`numbers` must be a list of names. "
+                f"Received: numbers={numbers!r}"
+            )
+        self.numbers = tuple(
+            _checks.choice("numbers", name, STATISTICS) for name in numbers
+        )
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_end(batch, self._shown(logs))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, self._shown(logs))
+
+    def _shown(self, logs: Any) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in (logs or {}).items()
+            if name not in STATISTICS or (name in self.numbers and value)
+        }
+
+
+def with_progress_bar(callbacks: Any, verbose: Any) -> Any:
+    """Return the `callbacks` of `fit`, with the bar of a plain model."""
+    if verbose not in ("auto", 1) or isinstance(
+        callbacks, keras.callbacks.CallbackList
+    ):
+        return callbacks
+    listed = keras.tree.flatten(callbacks or [])
+    if any(isinstance(c, keras.callbacks.ProgbarLogger) for c in listed):
+        return callbacks
+    return [*listed, ProgressBar(())]

@@ -16,6 +16,7 @@ In the notation of Wang et al. (ICML 2026, arXiv 2605.10183):
     rho     radius: the length of the perturbation eps = rho d
 """
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_lesam import _passes
+from keras_lesam import _results
 from keras_lesam import _vectors
 from keras_lesam._gradients import Gradients
 from keras_lesam._strategy import Strategy
@@ -167,8 +169,16 @@ class Rule(Strategy):
             A `Perturbation`.
         """
         del state
+        scaling = _results.parallel(
+            self, "scaling", "`T`", self.scaling(weights), len(weights)
+        )
+
+        def radius(*args: Any) -> tf.Tensor:
+            found = self.radius(*args)
+            return _results.scalar(self, "radius", found, budget.dtype)
+
         return perturbation_along(
-            gradients, self.scaling(weights), budget, self.radius, curvature
+            gradients, [*scaling], budget, radius, curvature
         )
 
     def update(
@@ -264,25 +274,33 @@ class Rule(Strategy):
 
 
 def combine(
-    plain: Gradients, perturbed: Gradients, a: Any, b: Any
+    plain: Sequence[Any], perturbed: Gradients, a: Any, b: Any
 ) -> list[Any]:
     """Return `a h + b g` where there was an ascent, and `h` elsewhere.
 
+    `h` too where the sum is beyond the range of its dtype.
+
     Args:
-        plain: `Gradients` at the weights, `g`.
+        plain: `Gradients` at the weights, `g`, or a list like them.
         perturbed: `Gradients` at the perturbed weights, `h`.
         a: Float or scalar tensor.
         b: Float or scalar tensor.
     """
-    has_ascended = perturbed.radius > 0
+    # Of the sum that is left where two large ones nearly cancel, the parts may
+    # overflow: they are a power of two smaller.
+    numbers = [abs(c) for c in (a, b) if isinstance(c, (int, float))]
+    unit = 2.0 ** math.ceil(math.log2(max(1.0, *numbers)))
 
     def combined(g: Any, h: Any) -> Any:
         if g is None or h is None:
             return h
-        change = _vectors.times(a, h) + _vectors.times(b, g)
-        return tf.where(has_ascended, change, h)
+        change = _vectors.times(a / unit, h) + _vectors.times(b / unit, g)
+        return tf.cast(change if unit == 1 else unit * change, h.dtype)
 
-    return [combined(g, h) for g, h in zip(plain, perturbed)]
+    stay = [*perturbed]
+    changed = [combined(g, h) for g, h in zip(plain, stay)]
+    is_usable = (perturbed.radius > 0) & _vectors.are_finite(changed)
+    return _vectors.select(is_usable, changed, stay)
 
 
 def perturbation_along(
@@ -305,19 +323,13 @@ def perturbation_along(
     if not callable(curvature):
         # Without d, which need not be in memory.
         rho = radius(norm, budget, curvature)
-        factor = rho / _vectors.or_one(norm, rho > 0)
-        return Perturbation(
-            _displacements(gradients, scaling, factor), rho, norm
-        )
-    direction = _displacements(
-        gradients, scaling, 1 / _vectors.or_one(norm, norm > 0)
-    )
+        eps = _displacements(gradients, scaling, rho, norm)
+        return Perturbation(eps, rho, norm)
+    has_direction = tf.cast(_vectors.is_positive(norm), norm.dtype)
+    direction = _displacements(gradients, scaling, has_direction, norm)
     rho = radius(norm, budget, curvature(direction))
-    # Where rho is 0 the direction may not be finite.
     eps = [
-        None
-        if d is None
-        else _vectors.or_zero(tf.cast(rho, d.dtype) * d, rho > 0)
+        None if d is None else tf.math.multiply_no_nan(d, tf.cast(rho, d.dtype))
         for d in direction
     ]
     return Perturbation(eps, rho, norm)
@@ -343,14 +355,27 @@ def loss_equated_radius(
     Returns:
         Scalar tensor `rho`, not negative, always finite.
     """
-    s = _vectors.or_one(norm, tf.math.is_finite(norm) & (norm > 0))
-    if curvature is None:
-        rho = sigma / s
-    else:
-        k = _vectors.or_zero(curvature, tf.math.is_finite(curvature))
-        root = tf.sqrt(tf.maximum(s * s + 2 * k * sigma, 0))
-        rho = 2 * sigma / (s + root)
+    slope = _vectors.or_one(norm, _vectors.is_positive(norm))
+    if curvature is not None:
+        # The mean of s and the root.
+        slope = slope / 2 + _root(slope, sigma, curvature) / 2
+    # What is longer than the longest is no number either, and not infinite.
+    longest = sigma.dtype.max / 8
+    rho = sigma / tf.maximum(slope, sigma / longest)
     return usable_radius(tf.minimum(rho, rho_max), norm)
+
+
+def _root(slope: tf.Tensor, sigma: tf.Tensor, curvature: Any) -> tf.Tensor:
+    """Return `sqrt(max(s^2 + 2 k sigma, 0))`, without its squares."""
+    k = _vectors.or_zero(curvature, tf.math.is_finite(curvature))
+    other = tf.sqrt(tf.abs(k)) * tf.sqrt(2 * sigma)
+    largest = tf.maximum(slope, other)
+    up = largest * tf.sqrt(
+        tf.square(slope / largest) + tf.square(other / largest)
+    )
+    difference = tf.maximum(slope - other, 0)
+    down = tf.sqrt(difference) * tf.sqrt(slope / 2 + other / 2) * 2**0.5
+    return tf.where(k < 0, down, up)
 
 
 def usable_radius(radius: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
@@ -363,24 +388,18 @@ def usable_radius(radius: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
         radius: Scalar tensor.
         norm: Scalar tensor, the ascent norm.
     """
-    usable = tf.math.is_finite(norm) & (norm > 0)
-    usable &= tf.math.is_finite(radius / _vectors.or_one(norm, usable))
+    # Nothing is added to what is near the largest number.
+    usable = _vectors.is_positive(norm) & (radius < radius.dtype.max / 16)
     return _vectors.or_zero(radius, usable)
 
 
 def _displacements(
-    gradients: Tensors, scaling: Tensors, factor: tf.Tensor
+    gradients: Tensors, scaling: Tensors, radius: tf.Tensor, norm: tf.Tensor
 ) -> Tensors:
-    """Return `factor T^2 g` for all weights."""
+    """Return `rho T^2 g / ||T g||` for all weights; 0 where rho is."""
     return [
-        None if g is None else _displacement(g, t, factor)
+        None
+        if g is None
+        else tf.cast(_vectors.along(g, radius, norm, t), g.dtype)
         for g, t in zip(gradients, scaling)
     ]
-
-
-def _displacement(gradient: tf.Tensor, scaling: Any, factor: Any) -> tf.Tensor:
-    """Return `factor T^2 g` for one weight, in the dtype of its gradient."""
-    factor = tf.cast(factor, gradient.dtype)
-    if scaling is None:
-        return factor * gradient
-    return factor * tf.square(tf.cast(scaling, gradient.dtype)) * gradient

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_lesam import _checks
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import rules
@@ -129,19 +130,21 @@ def _check_rule(rule: Any, rho: Any) -> rules.SAM:
     if rho is not None:
         raise ValueError(
             "`rho` is for SAM itself: give that of another rule to the rule, "
-            f"as in rules.ASAM(rho={rho!r}). Received: rho={rho!r}, "
-            f"rule={rule!r}"
+            "as in rules.ASAM("
+            f"rho={_checks.short(rho)}). Received: rho={_checks.short(rho)}, "
+            f"rule={_checks.short(rule)}"
         )
     if isinstance(rule, type) and issubclass(rule, rules.Rule):
         raise TypeError(
             "`rule` must be a rule, not its class: make one, as in "
-            f"rules.{rule.__name__}(rho=0.05). Received: rule={rule!r}"
+            f"rules.{rule.__name__}(rho=0.05). Received: "
+            f"rule={_checks.short(rule)}"
         )
     if not isinstance(rule, rules.SAM):
         raise TypeError(
             "`rule` must be one of keras_lesam.rules, such as "
             "rules.SAM(rho=0.05). For LE-SAM use LESAMModel; for a rule "
             "without a `rho`, SharpnessAwareModel. "
-            f"Received: rule={rule!r}"
+            f"Received: rule={_checks.short(rule)}"
         )
     return rule

@@ -92,11 +92,24 @@ class StepState:
                 "`update` must return a state like the one it was given. "
                 f"Received: {states}, where the state is {self._names}"
             ) from error
-        for name, value, old in zip(
-            *(tf.nest.flatten(nest) for nest in (self._names, states, before))
-        ):
+        flat = [tf.nest.flatten(n) for n in (self._names, states, before)]
+        for name, value, _ in zip(*flat):
+            if name is not None:
+                self._check_shape(name, value)
+        for name, value, old in zip(*flat):
             if name is not None and value is not old:
                 self._variables[name].assign(value)
+
+    def _check_shape(self, name: str, value: Any) -> None:
+        expected = self._variables[name].shape
+        shape = getattr(value, "shape", None)
+        if shape is None or not tf.TensorShape(expected).is_compatible_with(
+            shape
+        ):
+            raise ValueError(
+                "`update` must return a state like the one it was given. "
+                f"Received: {name!r} of shape {shape}, where it was {expected}"
+            )
 
     def save(self, store: Any) -> None:
         """Write all values into a Keras store, by name."""

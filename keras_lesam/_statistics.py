@@ -40,8 +40,10 @@ class StepStatistics(keras.metrics.Metric):
         self.count.assign_add(tf.cast(finite, self.dtype))
 
     def result(self) -> dict[str, tf.Tensor]:
-        # Where nothing was observed: 0 / 0, not a number.
-        means = tf.convert_to_tensor(self.total.value) / self.count.value
+        """Return the means; 0 where nothing was observed, as in Keras."""
+        means = tf.math.divide_no_nan(
+            tf.convert_to_tensor(self.total.value), self.count.value
+        )
         return dict(zip(self.names, tf.unstack(means)))
 
     def get_config(self) -> dict[str, Any]:

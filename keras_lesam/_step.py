@@ -10,10 +10,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lesam import _allowance
 from keras_lesam import _data
 from keras_lesam import _host_random
 from keras_lesam import _passes
 from keras_lesam import _reference
+from keras_lesam import _results
 from keras_lesam import _vectors
 from keras_lesam import estimators
 from keras_lesam._data import Batch
@@ -24,7 +26,6 @@ from keras_lesam._records import StepContext
 from keras_lesam._records import StepInputs
 from keras_lesam._rule import Perturbation
 from keras_lesam._vectors import Tensors
-from keras_lesam.budgets import Losses
 
 StepFunction = Callable[[StepContext, Batch, StepInputs], Step]
 
@@ -113,12 +114,13 @@ def memory_step(
     weights = _passes.read(model.trainable_variables)
     means = inputs.states["ascent"]["mean"]
     losses = _reference.remembered(inputs)
-    limit = _limit(context, losses)
-    budget = inputs.spendable(_allowed(context, inputs, losses, limit))
+    limit = _allowance.limit(context, losses)
+    budget = inputs.spendable(
+        _allowance.allowed(context, inputs, losses, limit)
+    )
+    found = context.rule.perturb(means, weights, budget, inputs.states["rule"])
     perturbation = context.rule.limit(
-        context.rule.perturb(means, weights, budget, inputs.states["rule"]),
-        None,
-        limit,
+        _checked(context, found, weights), None, limit
     )
     weights = _moved(weights, perturbation)
     point = context.passes.there(model, weights, batch, inputs.model_state)
@@ -131,7 +133,11 @@ def memory_step(
     if reference:
         states["reference"] = reference
     if losses is not None:
-        states["budget"] = context.budget.update(losses, states["budget"])
+        states["budget"] = _results.state(
+            context.budget,
+            "update",
+            context.budget.update(losses, states["budget"]),
+        )
     point = _without_bad_gradients(context, point)
     return Step(
         gradients=point.gradients,
@@ -153,17 +159,23 @@ def in_parts(
     are the states. Each part starts from the model state that the part before
     left.
     """
+    owner = getattr(step, "__self__", step)
     if context.num_batch_splits == 1:
-        return step(context, batch, inputs)
+        found = step(context, batch, inputs)
+        return _results.instance(owner, "step", found, Step)
     steps, weights = [], []
     model_state = {id(v): (v, value) for v, value in inputs.model_state}
     rows = _data.count_rows(batch)
     for start, stop, weight in _data.split_rows(rows, context.num_batch_splits):
         part = _data.take_rows(batch, start, stop)
         started = inputs._replace(model_state=list(model_state.values()))
-        steps.append(step(context, part, started))
+        found = step(context, part, started)
+        steps.append(_results.instance(owner, "step", found, Step))
         weights.append(weight)
-        model_state.update({id(v): (v, s) for v, s in steps[-1].model_state})
+        for variable, value in steps[-1].model_state:
+            _, before = model_state.get(id(variable), (None, variable.value))
+            value = _data.if_used(weight, value, before)
+            model_state[id(variable)] = variable, value
     return _mean_step(context, steps, weights, list(model_state.values()))
 
 
@@ -189,8 +201,8 @@ def first_pass(
     losses, reference = _reference.measure(
         context, inputs, batch, weights, point
     )
-    limit = _limit(context, losses)
-    allowed = _allowed(context, inputs, losses, limit)
+    limit = _allowance.limit(context, losses)
+    allowed = _allowance.allowed(context, inputs, losses, limit)
     return FirstPass(
         context=context,
         inputs=inputs,
@@ -213,14 +225,34 @@ def first_pass(
 def perturb(first: FirstPass) -> Perturbation:
     """Return the perturbation that the rule makes of the first pass."""
     context, states = first.context, first.inputs.states
+    curvature = _results.curvature(
+        context.estimator,
+        context.estimator.estimate(first, states["curvature"]),
+        context.dtype,
+    )
     perturbation = context.rule.perturb(
         first.gradients,
         first.weights,
         first.budget,
         states["rule"],
-        context.estimator.estimate(first, states["curvature"]),
+        curvature,
     )
+    perturbation = _checked(context, perturbation, first.weights)
     return context.rule.limit(perturbation, first.gradients, first.limit)
+
+
+def _checked(
+    context: StepContext, perturbation: Any, weights: Tensors
+) -> Perturbation:
+    """Return what a rule has made, which may be a user's own."""
+    rule, dtype = context.rule, context.dtype
+    _results.instance(rule, "perturb", perturbation, Perturbation)
+    eps, radius, norm = perturbation
+    return Perturbation(
+        _results.like_weights(rule, "perturb", "`eps`", eps, weights),
+        _results.scalar(rule, "perturb", radius, dtype),
+        _results.scalar(rule, "perturb", norm, dtype),
+    )
 
 
 def second_pass(
@@ -268,10 +300,18 @@ def finish(
     if first.reference:
         states["reference"] = first.reference
     if first.losses is not None:
-        states["budget"] = context.budget.update(first.losses, states["budget"])
+        states["budget"] = _results.state(
+            context.budget,
+            "update",
+            context.budget.update(first.losses, states["budget"]),
+        )
     if rise is not None:
-        states["curvature"] = context.estimator.update(
-            first, perturbation, rise, states["curvature"]
+        states["curvature"] = _results.state(
+            context.estimator,
+            "update",
+            context.estimator.update(
+                first, perturbation, rise, states["curvature"]
+            ),
         )
     return Step(
         gradients=gradients,
@@ -284,40 +324,6 @@ def finish(
     )
 
 
-def _limit(context: StepContext, losses: Losses | None) -> tf.Tensor | None:
-    """Return the most that the loss may rise; `None` without a guard."""
-    if losses is None or context.budget.guard is None:
-        return None
-    return tf.cast(context.budget.guard, context.dtype) * losses.gain
-
-
-def _allowed(
-    context: StepContext,
-    inputs: StepInputs,
-    losses: Losses | None,
-    limit: tf.Tensor | None,
-) -> tf.Tensor:
-    """Return the budget; ask once more if it goes by the losses."""
-    budget = inputs.budget
-    if budget is None:
-        budget = _by_losses(context, inputs, losses)
-    if limit is None or not context.rule.budget_is_rise:
-        return budget
-    return tf.minimum(budget, limit)
-
-
-def _by_losses(
-    context: StepContext, inputs: StepInputs, losses: Losses | None
-) -> tf.Tensor:
-    budget = context.budget(inputs.progress, losses, inputs.states["budget"])
-    if budget is None:
-        raise ValueError(
-            f"{context.budget!r} must return a scalar tensor when it is given "
-            "the losses of the step. Received: None"
-        )
-    return tf.cast(budget, context.dtype)
-
-
 def _update(
     first: FirstPass, perturbation: Perturbation, scaled: Tensors
 ) -> tuple[Tensors, dict[str, Any]]:
@@ -326,8 +332,11 @@ def _update(
     zero = tf.zeros_like(perturbation.radius)
     plain = context.gradients(first.point.gradients, zero)
     perturbed = context.gradients(scaled, perturbation.radius)
-    updated, state = context.rule.update(
-        plain, perturbed, first.inputs.states["rule"]
+    updated, state = _results.update(
+        context.rule,
+        context.rule.update(plain, perturbed, first.inputs.states["rule"]),
+        perturbed,
+        first.weights,
     )
     if updated is perturbed:
         return scaled, state

@@ -52,7 +52,12 @@ class Strategy:
         config: dict[str, Any],
         custom_objects: dict[str, Any] | None = None,
     ) -> S:
-        """Make the object of a `get_config`."""
+        """Make the object of a `get_config`.
+
+        Raises:
+            TypeError: if it is none, or lacks an argument, or has another.
+        """
+        _check_config(cls, config)
         arguments = {
             name: keras.saving.deserialize_keras_object(
                 value, custom_objects=custom_objects
@@ -65,6 +70,7 @@ class Strategy:
 
     def replace(self: S, **changes: Any) -> S:
         """Return the same kind of object with some arguments changed."""
+        _check_changes(self, changes)
         return type(self)(**{**self._arguments, **changes})
 
     def numbers(self) -> dict[str, float]:
@@ -101,6 +107,34 @@ class Strategy:
             if not (v is None and k in self._options)
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+def _check_changes(strategy: Any, changes: dict[str, Any]) -> None:
+    """Raise `TypeError` for what is no argument of a strategy's."""
+    known = strategy._arguments
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise TypeError(
+            f"{type(strategy).__name__} has no argument `{unknown[0]}`, but "
+            f"{', '.join(known) or 'none'}. Received: {unknown[0]}="
+            f"{changes[unknown[0]]!r}"
+        )
+
+
+def _check_config(cls: type, config: Any) -> None:
+    """Raise `TypeError` for what are not the arguments of a constructor."""
+    if not isinstance(config, dict):
+        raise TypeError(
+            f"`config` must be a dict of the arguments of {cls.__name__}. "
+            f"Received: config of type {type(config).__name__}"
+        )
+    try:
+        inspect.signature(cls).bind(**config)
+    except TypeError as error:
+        raise TypeError(
+            f"`config` must have the arguments of {cls.__name__}: {error}. "
+            f"Received: config with {sorted(config, key=str)}"
+        ) from None
 
 
 def _recorded(init: Callable[..., None]) -> Callable[..., None]:

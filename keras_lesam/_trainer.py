@@ -3,16 +3,17 @@
 The `train_step`, what waits for a first batch, and what is saved of a step.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _engines
 from keras_lesam import _passes
+from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
 from keras_lesam._data import Batch
@@ -66,6 +67,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._perturb = _check_perturb(perturb)
         self._plan = plan
         self._scalar_dtype = scalar_dtype(model)
+        plan.check_dtype(self._scalar_dtype)
         self._numbers = Numbers(
             {"rule": plan.rule, "budget": plan.budget},
             self._scalar_dtype,
@@ -95,8 +97,9 @@ class SharpnessAwareTrainer(DelegatingModel):
             return self._plain_train_step(data)
         context = self._step_context()
         inputs = self._step_inputs(context)
-        gradients, states, statistics, logs = self._plan.ascent.run(
-            context, batch, inputs, self._report
+        ascent = self._plan.ascent
+        gradients, states, statistics, logs = _results.report(
+            ascent, ascent.run(context, batch, inputs, self._report)
         )
         self._state.assign(states, inputs.states)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
@@ -117,8 +120,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         from fusing them with the update, and change how sums are rounded.
         """
         logs = super().train_step(data)
-        statistics = dict.fromkeys(self._statistics.names, 0.0)
-        self._statistics.update_state({**statistics, "gradient_norm": math.nan})
+        self._statistics.update_state(
+            dict.fromkeys(self._statistics.names, 0.0)
+        )
         return _workarounds.reducible({**logs, **self._statistics.result()})
 
     def make_train_function(self, force: bool = False) -> None:
@@ -165,7 +169,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         progress = self._progress(self.optimizer.iterations)
         budget = context.budget(progress, None, states["budget"])
         if budget is not None:
-            budget = tf.cast(budget, context.dtype)
+            budget = _results.scalar(
+                context.budget, "__call__", budget, context.dtype
+            )
         return StepInputs(progress, states, budget)
 
     def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
@@ -264,7 +270,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         """Return which of the trainable variables are perturbed."""
         return [
             _passes.is_weight(v)
-            and (self._perturb is None or bool(self._perturb(v)))
+            and (self._perturb is None or _moves(self._perturb, v))
             for v in self.trainable_variables
         ]
 
@@ -280,9 +286,23 @@ class SharpnessAwareTrainer(DelegatingModel):
 
 
 def _check_perturb(perturb: Any) -> Any:
-    if perturb is not None and not callable(perturb):
+    is_class = isinstance(perturb, type)
+    if perturb is not None and (is_class or not callable(perturb)):
         raise TypeError(
             "`perturb` must be a callable from a variable to bool, or "
-            f"None. Received: perturb={perturb!r}"
+            f"None. Received: perturb={_checks.short(perturb)}"
         )
     return perturb
+
+
+def _moves(perturb: Callable[[Any], Any], variable: Any) -> bool:
+    """Return whether a variable is perturbed, by the truth of an answer."""
+    answer = perturb(variable)
+    if tf.is_tensor(answer) or isinstance(
+        answer, np.ndarray | keras.Variable | type(NotImplemented)
+    ):
+        raise TypeError(
+            "`perturb` must return True or False for a variable. Received: "
+            f"{_checks.short(answer)} for {variable.path!r}"
+        )
+    return bool(answer)

@@ -16,11 +16,14 @@ from keras_lesam import rules
 from keras_lesam._delegation import DelegatingModel
 from keras_lesam._delegation import signature_of
 from keras_lesam._engines import recovering
+from keras_lesam._monitor import StuckTraining
 from keras_lesam._plan import TrainingPlan
 from keras_lesam._progress import NO_LENGTH
+from keras_lesam._progress import STATISTICS
 from keras_lesam._progress import ScheduleProgress
 from keras_lesam._progress import warn_of_early_stopping
 from keras_lesam._progress import with_callback
+from keras_lesam._progress import with_progress_bar
 from keras_lesam._trainer import SharpnessAwareTrainer
 
 
@@ -78,7 +81,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             or if `model` has training logic that cannot be honoured.
     """
 
-    LOGS: tuple[str, ...] = ("rho", "gradient_norm", "sharpness", "sigma")
+    LOGS: tuple[str, ...] = STATISTICS
 
     def __init__(
         self,
@@ -128,18 +131,19 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
                 an epoch is unknown and `total_steps` was not given.
         """
         stock = super().fit
-        if self._has_length:
-            with recovering(lambda: self._passes):
-                return stock(*args, **kwargs)
         bound = inspect.signature(stock).bind(*args, **kwargs)
-        callbacks = bound.arguments.get("callbacks")
-        warn_of_early_stopping(callbacks, self.budget)
-        bound.arguments["callbacks"] = with_callback(
-            callbacks,
-            ScheduleProgress(self._progress, lambda: self.budget),
-            self,
+        arguments = bound.arguments
+        callbacks = with_progress_bar(
+            arguments.get("callbacks"), arguments.get("verbose", "auto")
         )
-        self._is_fitting = True
+        if not self.budget.is_zero:
+            callbacks = with_callback(callbacks, StuckTraining(), self)
+        if not self._has_length:
+            warn_of_early_stopping(callbacks, self.budget)
+            progress = ScheduleProgress(self._progress, lambda: self.budget)
+            callbacks = with_callback(callbacks, progress, self)
+        arguments["callbacks"] = callbacks
+        self._is_fitting = not self._has_length
         try:
             with recovering(lambda: self._passes):
                 return stock(*bound.args, **bound.kwargs)
@@ -222,7 +226,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
             raise TypeError(
                 f"`{name}` can be assigned a number where it was a number; for "
                 f"a schedule make a new {type(self).__name__} around `.model`. "
-                f"Received: {name}={value!r}"
+                f"Received: {name}={_checks.short(value)}"
             )
         value = _checks.number(name, value, 0)
         if value and self._is_fitting:
@@ -236,7 +240,9 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
 
     def _set(self, **changes: Any) -> None:
         """Replace rule or budget by one that differs in its numbers only."""
-        self._plan = dataclasses.replace(self._plan, **changes)
+        plan = dataclasses.replace(self._plan, **changes)
+        plan.check_dtype(self._scalar_dtype)
+        self._plan = plan
         for owner, strategy in changes.items():
             self._numbers.assign(owner, strategy)
 

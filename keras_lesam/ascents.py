@@ -25,6 +25,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _checks
+from keras_lesam import _results
 from keras_lesam import _step
 from keras_lesam._data import Batch
 from keras_lesam._records import Step
@@ -152,8 +153,12 @@ class Ascent(Strategy):
         Returns:
             What `report` returns.
         """
-        inputs = inputs.only_if(self.gate(inputs.progress))
+        inputs = self._gated(inputs)
         return report(_step.in_parts(self.step, context, batch, inputs))
+
+    def _gated(self, inputs: StepInputs) -> StepInputs:
+        """Return the inputs of a step that ascends only if `gate` says so."""
+        return inputs.only_if(_results.gate(self, self.gate(inputs.progress)))
 
     def check(
         self, rule: Rule, budget: Budget, estimator: CurvatureEstimator
@@ -197,9 +202,7 @@ class Fraction(Ascent):
     """
 
     def __init__(self, fraction: float) -> None:
-        self.fraction = _checks.number(
-            "ascent_fraction", fraction, 0, 1, above=True
-        )
+        self.fraction = _checks.number("fraction", fraction, 0, 1, above=True)
 
     @property
     def passes(self) -> float:
@@ -227,7 +230,7 @@ class Fraction(Ascent):
         report: Report,
     ) -> Any:
         """Take the step; where there is no budget, a plain one on all rows."""
-        inputs = inputs.only_if(self.gate(inputs.progress))
+        inputs = self._gated(inputs)
 
         def run(step: _step.StepFunction) -> Any:
             return report(_step.in_parts(step, context, batch, inputs))
@@ -313,13 +316,14 @@ class _Memory(Ascent):
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' there is no pass "
                 "at the weights to take the curvature from: use "
-                f"curvature='none'. {given}, curvature={estimator!r}"
+                f"curvature='none'. {given}, "
+                f"curvature={_checks.short(estimator)}"
             )
         if _goes_by_losses(budget) and not budget.takes_earlier_losses:
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' there is no pass "
                 "at the weights, and no loss for the budget to go by: use "
-                f"'batch'. {given}, budget={budget!r}"
+                f"'batch'. {given}, budget={_checks.short(budget)}"
             )
 
 
@@ -371,12 +375,12 @@ class Every(Ascent):
     """
 
     def __init__(self, n: int, ascent: Ascent | None = None) -> None:
-        self.n = _checks.integer("ascent_every", n, 1)
+        self.n = _checks.integer("n", n, 1)
         self.ascent = FullBatch() if ascent is None else ascent
         if not isinstance(self.ascent, Ascent):
             raise TypeError(
                 "`ascent` must be one of keras_lesam.ascents, such as "
-                f"ascents.FullBatch(). Received: ascent={ascent!r}"
+                f"ascents.FullBatch(). Received: ascent={_checks.short(ascent)}"
             )
         if self.n > 1 and not self.ascent.makes_plain_pass:
             raise ValueError(
@@ -429,7 +433,7 @@ class Every(Ascent):
         report: Report,
     ) -> Any:
         """Run the ascent itself, in one step of `n`."""
-        gated = inputs.only_if(self.gate(inputs.progress))
+        gated = self._gated(inputs)
         return self.ascent.run(context, batch, gated, report)
 
     def check(
@@ -461,7 +465,8 @@ def from_arguments(
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' a step has one "
                 "pass, and nothing to save: leave `ascent_fraction` and "
-                f"`ascent_every` at 1. Received: ascent_from={ascent_from!r}, "
+                "`ascent_every` at 1. Received: "
+                f"ascent_from={_checks.short(ascent_from)}, "
                 f"ascent_fraction={fraction}, ascent_every={every}"
             )
         return Previous() if ascent_from == "previous" else Momentum()

@@ -298,7 +298,8 @@ class Schedule(Budget):
         if not _checks.is_schedule(schedule):
             raise TypeError(
                 "`schedule` must be a keras.optimizers.schedules."
-                f"LearningRateSchedule. Received: schedule={schedule!r}"
+                "LearningRateSchedule. Received: "
+                f"schedule={_checks.short(schedule)}"
             )
         self.schedule = schedule
 
@@ -458,7 +459,9 @@ def from_number(
             raise ValueError(
                 f"`{name}` is a schedule, which is the whole budget over time: "
                 "leave `warmup` and `anneal` alone. "
-                f"Received: warmup={warmup!r}, anneal={anneal!r}"
+                "Received: "
+                f"warmup={_checks.short(warmup)}, "
+                f"anneal={_checks.short(anneal)}"
             )
         return Schedule(amount, guard)
     return Constant(

@@ -1,4 +1,4 @@
-"""Callbacks that watch the curvature of the loss while a model trains."""
+"""Callbacks that show what a training does, and the curvature it goes by."""
 
 import math
 import re
@@ -13,8 +13,9 @@ from keras_lesam import _checks
 from keras_lesam import _lanczos
 from keras_lesam._data import to_batches
 from keras_lesam._operator import HessianOperator
+from keras_lesam._progress import ProgressBar
 
-__all__ = ["Curvature"]
+__all__ = ["Curvature", "ProgressBar"]
 
 
 class Curvature(keras.callbacks.Callback):

@@ -40,6 +40,12 @@ __all__ = [
 ]
 
 
+_NOT_PARALLEL = (
+    "`vectors` must be a list parallel to `model.trainable_variables`. "
+    "Received: "
+)
+
+
 def hessian_vector_product(
     model: keras.Model,
     x: Any,
@@ -99,7 +105,13 @@ def hessian_vector_product(
         Computation 1994.
     """
     _checks.choice("method", method, _hessian.CHOICES)
+    _checks.model(model)
+    if not isinstance(vectors, list | tuple):
+        raise ValueError(_NOT_PARALLEL + _describe(vectors))
     batch = to_batch(x, y, sample_weight)
+    if model.built and model.compiled:
+        # Else the shapes are known after the first batch only.
+        _check_vectors(vectors, model.trainable_variables)
     passes = prepare(model, batch)
     weights = _passes.read(model.trainable_variables)
     vectors = _check_vectors(vectors, model.trainable_variables)
@@ -197,6 +209,7 @@ def top_eigenvalues(
     tolerance = _checks.number("tolerance", tolerance, 0)
     max_products = _checks.integer("max_products", max_products, 1)
     seed = _checks.integer("seed", seed, 0)
+    return_vectors = _checks.boolean("return_vectors", return_vectors)
     hessian = HessianOperator(
         model,
         x,
@@ -315,11 +328,14 @@ class SpectralDensity(NamedTuple):
 
     def moment(self, order: float) -> float:
         """Return the mean of the eigenvalues to a power: `tr(H^order) / n`."""
+        order = _checks.number("order", order)
         return float(np.sum(self.weights * self.eigenvalues**order))
 
     def density(self, grid: Any, width: float) -> np.ndarray:
         """Return the density at the points `grid`, by Gaussians of a width."""
-        distance = (np.asarray(grid)[..., None] - self.eigenvalues) / width
+        width = _checks.number("width", width, 0, above=True)
+        grid = _checks.real_array("grid", grid)
+        distance = (grid[..., None] - self.eigenvalues) / width
         gauss = np.exp(-0.5 * distance**2) / (width * np.sqrt(2 * np.pi))
         return gauss @ self.weights
 
@@ -392,16 +408,23 @@ def spectral_density(
 
 
 def _check_vectors(vectors: Any, variables: list[Any]) -> Tensors:
-    if not isinstance(vectors, list | tuple) or len(vectors) != len(variables):
+    if len(vectors) != len(variables):
         raise ValueError(
-            "`vectors` must be a list parallel to `model.trainable_variables`."
-            f" Received: {_describe(vectors)}, for {len(variables)} variables"
+            f"{_NOT_PARALLEL}{_describe(vectors)}, for {len(variables)} "
+            "variables"
         )
     checked: Tensors = []
     for vector, variable in zip(vectors, variables):
         if vector is None or not _passes.is_weight(variable):
             checked.append(None)
             continue
+        if not tf.is_tensor(vector):
+            vector = _checks.real_array("vectors", vector)
+        elif not (vector.dtype.is_floating or vector.dtype.is_integer):
+            raise TypeError(
+                "`vectors` must be of real numbers. "
+                f"Received: dtype {vector.dtype.name} in vectors"
+            )
         vector = tf.cast(vector, variable.dtype)
         if not vector.shape.is_compatible_with(variable.shape):
             raise ValueError(

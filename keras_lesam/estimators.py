@@ -136,7 +136,7 @@ class Exact(CurvatureEstimator):
 
     def __init__(self, method: str = "auto") -> None:
         self._method = _hessian.resolve(
-            _checks.choice("hvp_method", method, _hessian.CHOICES)
+            _checks.choice("method", method, _hessian.CHOICES)
         )
 
     def recording(self, weights: Tensors) -> Any:
@@ -204,12 +204,14 @@ class Secant(CurvatureEstimator):
     An ascent of radius `rho` along which the loss rose by `rise` has shown
     `2 (rise - s rho) / rho^2`. What is used is a running mean, in which no
     observation counts for more than `CLIP` times the usual deviation: one
-    wild batch moves it no further than an odd one. A mean below 0 is taken
-    for 0: early in a training, when the budget is small and the loss curves
-    down, small nets died of the larger radius.
+    wild batch moves it no further than an odd one. At first that deviation is
+    `s / rho`, the curvature that raises the rise by half. A mean below 0 is
+    taken for 0: early in a training, when the budget is small and the loss
+    curves down, small nets died of the larger radius.
 
     The state is the running mean of the curvature and that of its absolute
-    deviation (loss units per squared weight-space distance), 0 at first.
+    deviation (loss units per squared weight-space distance), 0 at first. Means
+    that are not finite count as none.
     """
 
     DECAY = 0.9
@@ -224,7 +226,7 @@ class Secant(CurvatureEstimator):
         del first
         # Where the loss seems to curve down, no further than to first order:
         # what was seen over a short ascent does not bear twice as long a one.
-        return tf.maximum(state["means"][0], 0)
+        return tf.maximum(_known(state["means"])[0], 0)
 
     def update(
         self,
@@ -236,24 +238,32 @@ class Secant(CurvatureEstimator):
         """Return the means with what this step has shown."""
         if first.context.is_global:
             rise = _passes.mean_over_replicas(rise)
+        means = _known(state["means"])
         slope, rho = perturbation.norm, perturbation.radius
         linear = slope * rho
-        observed = 2 * (rise - linear) / tf.square(rho)
-        # No ascent, no observation; nor where the rise drowns in rounding.
+        # No ascent, no observation. Not by the square: it underflows.
+        observed = tf.math.divide_no_nan(
+            2 * tf.math.divide_no_nan(rise - linear, rho), rho
+        )
+        usual = tf.math.divide_no_nan(slope, rho)
+        # Nor where the rise that is looked for drowns in rounding. It is that
+        # of the curvature too: one that is much too large makes the ascents so
+        # short that the linear part would never again be seen.
+        expected = linear + tf.abs(means[0]) * rho * rho / 2
         loss = tf.cast(first.point.loss, rho.dtype)
         rounding = np.finfo(rho.dtype.as_numpy_dtype).eps * tf.abs(loss)
-        is_known = tf.math.is_finite(observed) & (linear > 1000 * rounding)
-        # A curvature of s / rho raises the rise by half: a hundredth of it
-        # is little, and keeps the deviation from getting stuck at 0.
-        means = self._average(state["means"], observed, 0.01 * slope / rho)
-        return {"means": tf.where(is_known, means, state["means"])}
+        is_known = (expected > 1000 * rounding) & (rho > 0)
+        is_known &= tf.math.is_finite(observed) & tf.math.is_finite(usual)
+        learnt = self._average(means, observed, usual)
+        return {"means": tf.where(is_known, learnt, means)}
 
     def _average(
-        self, means: tf.Tensor, observed: tf.Tensor, minimum: tf.Tensor
+        self, means: tf.Tensor, observed: tf.Tensor, usual: tf.Tensor
     ) -> tf.Tensor:
         """Return the means with one observation.
 
-        The deviation stays at least at `minimum`.
+        The deviation stays at least at a hundredth of the usual curvature,
+        which is little, and keeps it from getting stuck at 0.
         """
         mean, deviation = means[0], means[1]
         error = observed - mean
@@ -263,14 +273,23 @@ class Secant(CurvatureEstimator):
             tf.abs(error) - deviation, limit
         )
         is_first = means[1] == 0
+        limit = self.CLIP * usual
+        observed = tf.clip_by_value(observed, -limit, limit)
         return tf.stack(
             [
                 tf.where(is_first, observed, mean),
                 tf.maximum(
-                    tf.where(is_first, tf.abs(observed), deviation), minimum
+                    tf.where(is_first, tf.abs(observed), deviation),
+                    0.01 * usual,
                 ),
             ]
         )
+
+
+def _known(means: tf.Tensor) -> tf.Tensor:
+    """Return the means, or zeros if they are not finite: none are known."""
+    is_known = tf.reduce_all(tf.math.is_finite(means)) & (means[1] > 0)
+    return _vectors.or_zero(means, is_known)
 
 
 def from_argument(curvature: Any, hvp_method: str = "auto") -> Any:

@@ -6,7 +6,6 @@ dropout. The weights of the model are not written. The `plot_` functions need
 matplotlib: `pip install 'keras_lesam[landscape]'`.
 """
 
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,11 +67,7 @@ def filter_normalized_direction(
         neural nets", NeurIPS 2018, arXiv 1712.09913, section 4.
     """
     rng = np.random.default_rng(_checks.integer("seed", seed, 0))
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a keras.Model. Received: model of type "
-            f"{type(model).__name__}"
-        )
+    _checks.model(model)
     if not model.trainable_variables:
         raise ValueError(
             "`model` has no trainable variables; if it is not built yet, call "
@@ -135,6 +130,7 @@ def loss_along(
             a `direction` of other shapes, and for `distances` that are no
             sequence of finite numbers.
     """
+    verbose = _checks.verbosity(verbose)
     points = [(t,) for t in _check_distances("distances", distances)]
     data = (x, y, sample_weight)
     around = _Around(model, data, batch_size, "direction", [direction])
@@ -180,12 +176,9 @@ def loss_on_plane(
     Raises:
         TypeError, ValueError: as `loss_along`.
     """
-    for name, pair in (("directions", directions), ("distances", distances)):
-        if not hasattr(pair, "__len__") or len(pair) != 2:
-            raise ValueError(
-                f"`{name}` must be two of them. "
-                f"Received: {name}={reprlib.repr(pair)}"
-            )
+    verbose = _checks.verbosity(verbose)
+    _check_pair("directions", directions)
+    _check_pair("distances", distances)
     rows, columns = (_check_distances("distances", d) for d in distances)
     data = (x, y, sample_weight)
     around = _Around(model, data, batch_size, "directions", directions)
@@ -213,14 +206,15 @@ class _Around:
         directions: Sequence[Sequence[Any]],
     ) -> None:
         batch_size = _checks.integer("batch_size", batch_size, 1)
-        self.model = model
+        self.model = _checks.model(model)
         self.batches = to_batches(*data, batch_size)
+        if model.built and model.compiled:  # Else that comes first.
+            _check_directions(model, name, directions, "float32")
         self._passes = prepare(model, self.batches[0])
         self._dtype = widest_dtype(model.trainable_variables)
-        self.directions = [
-            _check_direction(model, name, direction, self._dtype)
-            for direction in directions
-        ]
+        self.directions = _check_directions(
+            model, name, directions, self._dtype
+        )
         self._loss = tf.function(self._loss_of_batch, autograph=False)
 
     def losses(
@@ -282,6 +276,8 @@ def plot_line(
     Raises:
         ImportError: without matplotlib.
     """
+    distances = _check_distances("distances", distances)
+    losses = _pictures.losses_of(losses, (len(distances),))
     ax = _pictures.axes(ax)
     ax.plot(distances, losses, **line)
     ax.set(xlabel="distance along the direction", ylabel="loss")
@@ -308,8 +304,11 @@ def plot_plane(
     Raises:
         ImportError: without matplotlib.
     """
+    _check_pair("distances", distances)
+    rows, columns = (_check_distances("distances", d) for d in distances)
+    losses = _pictures.losses_of(losses, (len(rows), len(columns)))
+    levels = _check_levels(levels)
     ax = _pictures.axes(ax)
-    rows, columns = distances
     filled = ax.contourf(rows, columns, np.transpose(losses), levels)
     ax.plot(0, 0, "o", color="white", markeredgecolor="black")
     ax.figure.colorbar(filled, ax=ax, label="loss")
@@ -346,12 +345,18 @@ def plot_spectrum(
         ImportError: without matplotlib.
         TypeError, ValueError: if `width` is not a number greater than 0.
     """
-    low, high = spectrum.eigenvalues[[0, -1]]
+    eigenvalues = getattr(spectrum, "eigenvalues", None)
+    if not isinstance(eigenvalues, np.ndarray):
+        raise TypeError(
+            "`spectrum` must be a curvature.SpectralDensity. "
+            f"Received: spectrum={_checks.short(spectrum)}"
+        )
+    low, high = eigenvalues[[0, -1]]
     if width is None:
         # Of a single eigenvalue, or of several but for rounding: its own size.
         size = max(abs(low), abs(high))
         width = (max(high - low, 1e-6 * size) or 1.0) / 100
-    width = _checks.number("width", width, 0, above=True)
+    width = _checks.number("width", width, 1e-300, 1e300)
     ax = _pictures.axes(ax)
     span = high - low + 14 * width
     # Ten points to a width, for its peaks to be seen.
@@ -385,13 +390,21 @@ def plot_budget(history: Any, axes: Any = None) -> Any:
         ValueError: if the history is not that of a `LESAMModel`.
     """
     history = getattr(history, "history", history)
+    if not isinstance(history, dict):
+        raise TypeError(
+            "`history` must be what `fit` of a LESAMModel returned. "
+            f"Received: history={_checks.short(history)}"
+        )
     missing = {"rho", "sigma"} - set(history)
     if missing:
         raise ValueError(
             "`history` must be that of a LESAMModel's `fit`. "
             f"Received: one without {', '.join(sorted(missing))}"
         )
-    above, below = _pictures.two_axes() if axes is None else axes
+    if axes is not None:
+        _check_pair("axes", axes)
+        axes = [_pictures.check("axes", ax) for ax in axes]
+    above, below = axes or _pictures.two_axes()
     epochs = np.arange(len(history["rho"])) + 1
     if "sharpness" in history:
         above.plot(
@@ -423,52 +436,64 @@ def _random_filters(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return random.reshape(kernel.shape).astype(kernel.dtype)
 
 
+def _check_directions(
+    model: keras.Model, name: str, directions: Sequence[Any], dtype: str
+) -> list[list[tf.Tensor]]:
+    """Check directions and convert them to tensors of a dtype."""
+    return [_check_direction(model, name, d, dtype) for d in directions]
+
+
 def _check_direction(
     model: keras.Model, name: str, direction: Sequence[Any], dtype: str
 ) -> list[tf.Tensor]:
     """Check a direction and convert it to tensors of a dtype."""
     expected = [tuple(v.shape) for v in model.trainable_variables]
-    if not isinstance(direction, list | tuple | np.ndarray):
+    if not isinstance(direction, list | tuple | np.ndarray) or isinstance(
+        direction, np.ma.MaskedArray
+    ):
         raise TypeError(
             f"`{name}` must be a list of arrays like "
             "`model.trainable_variables`. Received: "
-            f"{name}={reprlib.repr(direction)}"
+            f"{name}={_checks.short(direction)}"
         )
-    arrays = [_numbers(name, d) for d in direction]
+    arrays = [_checks.real_array(name, d) for d in direction]
     shapes = [array.shape for array in arrays]
     if shapes != expected:
         raise ValueError(
             f"`{name}` must be a list of arrays like "
-            "`model.trainable_variables`, of shapes {expected}. "
+            f"`model.trainable_variables`, of shapes {expected}. "
             f"Received: shapes {shapes}"
         )
     return [tf.cast(array, dtype) for array in arrays]
+
+
+def _check_pair(name: str, pair: Any) -> None:
+    """Raise `ValueError` for anything but two."""
+    is_list = isinstance(pair, list | tuple | np.ndarray)
+    if not is_list or pair is np.ma.masked or len(pair) != 2:
+        raise ValueError(
+            f"`{name}` must be two of them. "
+            f"Received: {name}={_checks.short(pair)}"
+        )
+
+
+def _check_levels(levels: Any) -> Any:
+    """Check for a number of contours, or a sequence of losses, at least two."""
+    if isinstance(levels, list | tuple | np.ndarray):
+        found = np.unique(_check_distances("levels", levels))
+        if len(found) > 1:
+            return found
+    return _checks.integer("levels", levels, 1, 1000)
 
 
 def _check_distances(name: str, distances: Any) -> np.ndarray:
     """Check a sequence of numbers and return it as an array."""
     if hasattr(distances, "__next__"):
         distances = [*distances]
-    array = _numbers(name, distances)
+    array = _checks.real_array(name, distances)
     if array.ndim != 1 or not array.size:
         raise ValueError(
             f"`{name}` must be a sequence of numbers, at least one. "
-            f"Received: {name}={reprlib.repr(distances)}"
+            f"Received: {name}={_checks.short(distances)}"
         )
     return array.astype("float64")
-
-
-def _numbers(name: str, values: Any) -> np.ndarray:
-    """Convert numbers of the argument called `name` to an array."""
-    received = f"Received: {reprlib.repr(values)} in {name}"
-    try:
-        array = np.asarray(values)
-        # The kind of bfloat16 is "V".
-        is_number = array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"
-    except (TypeError, ValueError):
-        is_number = False
-    if not is_number:
-        raise TypeError(f"`{name}` must be of real numbers. {received}")
-    if not np.all(np.isfinite(array)):
-        raise ValueError(f"`{name}` must be of finite numbers. {received}")
-    return array

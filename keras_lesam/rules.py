@@ -30,7 +30,6 @@ weights of normalization layers included; several implementations of ASAM leave
 those out of `T`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +72,9 @@ __all__ = [
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
 
+# A finite number of every float dtype that a radius has, so that a healthy
+# step has no infinity in it.
+_NO_CAP = tf.float32.max
 DEFAULT_SIGMA = 0.1
 DEFAULT_WARMUP = 0.1
 DEFAULT_ANNEAL = 0.2
@@ -125,7 +127,7 @@ class LossEquated(Rule):
         self.alpha = _checks.number("alpha", alpha, 0, 1)
 
     def numbers(self) -> dict[str, float]:
-        return {"rho_max": math.inf if self.rho_max is None else self.rho_max}
+        return {"rho_max": _NO_CAP if self.rho_max is None else self.rho_max}
 
     def scaling(self, weights: Tensors) -> Tensors:
         """Return `T`: the weights where it is adaptive."""
@@ -135,7 +137,7 @@ class LossEquated(Rule):
         self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
     ) -> tf.Tensor:
         """Return the radius over which the loss rises by the budget."""
-        rho_max = math.inf if self.rho_max is None else self.rho_max
+        rho_max = _NO_CAP if self.rho_max is None else self.rho_max
         if tf.is_tensor(rho_max):
             rho_max = tf.cast(rho_max, budget.dtype)
         return _rule.loss_equated_radius(norm, budget, rho_max, curvature)
@@ -185,7 +187,7 @@ class ASAM(SAM):
 
     def scaling(self, weights: Tensors) -> Tensors:
         """Return `|w| + eta`."""
-        return [tf.abs(w) + self.eta for w in weights]
+        return [tf.abs(_vectors.wide(w)) + self.eta for w in weights]
 
 
 @_register
@@ -239,12 +241,9 @@ class GSAM(SAM):
     def update(
         self, plain: Gradients, perturbed: Gradients, state: State
     ) -> tuple[Sequence[Any], State]:
-        """Return `h - alpha (g - c h)` with `c = g.h / ||h||^2`."""
-        c = tf.math.divide_no_nan(
-            plain.dot(perturbed), perturbed.dot(perturbed)
-        )
-        updated = combine(plain, perturbed, 1 + self.alpha * c, -self.alpha)
-        return updated, state
+        """Return `h - alpha g'`."""
+        gap = plain.orthogonal_to(perturbed)
+        return combine(gap, perturbed, 1.0, -self.alpha), state
 
 
 @_register
@@ -298,7 +297,9 @@ class FriendlySAM(SAM):
     ) -> Perturbation:
         """Return that of SAM along `d = g - share m`."""
         directions = [
-            None if g is None else g - self.share * tf.cast(m, g.dtype)
+            None
+            if g is None
+            else _vectors.wide(g) - _vectors.times(self.share, m)
             for g, m in zip(gradients, state["mean"])
         ]
         return super().perturb(directions, weights, budget, state, curvature)
@@ -424,25 +425,29 @@ def _orthogonal(
     plain: Gradients, perturbed: Gradients, old: Tensors
 ) -> Tensors:
     """Return `h - (g.h / ||g||^2) g`; what it was if `h` is not finite."""
-    is_finite = tf.math.is_finite(perturbed.dot(perturbed))
-    c = tf.math.divide_no_nan(plain.dot(perturbed), plain.dot(plain))
-
-    def renewed(g: Any, h: Any, v: Any) -> Any:
-        if v is None or h is None:
-            return v
-        change = tf.cast(h - _vectors.times(c, g), v.dtype)
-        return tf.where(is_finite, change, v)
-
-    return [renewed(g, h, v) for g, h, v in zip(plain, perturbed, old)]
+    found = [
+        None if v is None else tf.zeros_like(v) if h is None else h
+        for h, v in zip(perturbed.orthogonal_to(plain), old)
+    ]
+    is_finite = tf.math.is_finite(perturbed.norm())
+    return _vectors.select(is_finite, found, old)
 
 
 def _reused(plain: Gradients, v: Tensors, alpha: float) -> list[Any]:
-    """Return `g + alpha ||g|| / ||v|| v`; `g` before the first ascent."""
+    """Return `g + alpha ||g|| / ||v|| v`.
+
+    `g` where `v` is 0 (before the first ascent) or not finite, and where the
+    sum is not.
+    """
     size = plain.norm()
-    factor = alpha * tf.math.divide_no_nan(size, _vectors.norm(v, size.dtype))
-    return [
+    length = _vectors.norm(v, size.dtype)
+    size = alpha * _vectors.or_zero(size, _vectors.is_positive(length))
+    changed = [
         g
         if g is None or v is None
-        else g + _vectors.times(factor, tf.cast(v, g.dtype))
+        else tf.cast(
+            _vectors.wide(g) + _vectors.along(v, size, length), g.dtype
+        )
         for g, v in zip(plain, v)
     ]
+    return _vectors.select(_vectors.are_finite(changed), changed, [*plain])

@@ -1,7 +1,7 @@
 """Bad arguments: refused by name, before anything happens."""
 
+import inspect
 import math
-import sys
 
 import keras
 import numpy as np
@@ -12,6 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from keras_lesam import LESAMModel
+from keras_lesam import SAMModel
+from keras_lesam import rules
 from tests.helpers import assert_same_weights
 from tests.helpers import classification_data
 from tests.helpers import constant_lesam
@@ -236,6 +238,12 @@ def test_a_refused_model_is_as_it_was():
 
 
 NET = []
+LEAST, MOST = map(float, (np.finfo("f4").tiny, np.finfo("f4").max))
+
+
+def fits(*values):
+    """Whether float32, in which a step counts, can hold all numbers."""
+    return all(value == 0 or LEAST <= abs(value) <= MOST for value in values)
 
 
 @settings(max_examples=150, deadline=None)
@@ -251,7 +259,7 @@ def test_any_number_is_taken_or_refused(name, value):
         "sigma": (0, math.inf),
         "rho_max": (0, math.inf),
     }.get(name, (0, 1))
-    good = low <= value <= high and value <= sys.float_info.max
+    good = low <= value <= high and fits(value)
     good &= value > 0 or name not in ("rho_max", "ascent_fraction")
     arguments = {"warmup": 0.0, "anneal": 0.0, name: value}
     if good:
@@ -267,9 +275,58 @@ def test_any_number_is_taken_or_refused(name, value):
 def test_any_two_shares_are_taken_or_refused(warmup, anneal):
     NET[:] = NET or [dense_net()]
     arguments = {"warmup": warmup, "anneal": anneal}
-    if warmup + anneal <= 1:
+    if not fits(warmup, anneal):
+        with pytest.raises(ValueError, match=r"float32 can hold.*Received"):
+            LESAMModel(NET[0], **arguments)
+    elif warmup + anneal <= 1:
         model = LESAMModel(NET[0], **arguments)
         assert (model.warmup, model.anneal) == (warmup, anneal)
     elif warmup + anneal > 1 + 1e-6:
         with pytest.raises(ValueError, match=r"Received: warmup=.*, anneal="):
             LESAMModel(NET[0], **arguments)
+
+
+HELD_BY_FLOAT64_ONLY = [1e308, 1e39, 1e-39, 1e-320]
+
+
+@pytest.mark.parametrize("value", HELD_BY_FLOAT64_ONLY)
+@pytest.mark.parametrize("name", ["sigma", "rho_max"])
+def test_numbers_that_the_dtype_cannot_hold(name, value):
+    match = f"`{name}`.*float32 can hold.*Received: {name}="
+    with pytest.raises(ValueError, match=match):
+        LESAMModel(dense_net(), **{name: value})
+    model = LESAMModel(dense_net(), 0.1, 0.3)
+    with pytest.raises(ValueError, match=match):
+        setattr(model, name, value)
+    assert (model.sigma, model.rho_max) == (0.1, 0.3)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("value", [1e300, 1e-300])
+def test_numbers_that_a_wider_dtype_can_hold(value):
+    model = LESAMModel(dense_net(), value, value)
+    assert (model.sigma, model.rho_max) == (value, value)
+
+
+@pytest.mark.parametrize("name", ["rho", "eta", "alpha", "gamma", "share"])
+@pytest.mark.parametrize("value", HELD_BY_FLOAT64_ONLY)
+def test_numbers_of_rules_that_the_dtype_cannot_hold(name, value):
+    kinds = [getattr(rules, kind) for kind in rules.__all__]
+    for kind in kinds:
+        is_rule = isinstance(kind, type) and issubclass(kind, rules.SAM)
+        if not is_rule or name not in inspect.signature(kind).parameters:
+            continue
+        if value > 1 and name in ("gamma", "share"):
+            continue
+        rule = kind(**{name: value})
+        with pytest.raises(ValueError, match=f"`{name}`.*float32 can hold"):
+            SAMModel(dense_net(), rule)
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64, 10**400])
+@pytest.mark.parametrize(
+    "name", ["total_steps", "num_batch_splits", "ascent_every"]
+)
+def test_integers_that_nothing_can_count_to(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be at most"):
+        LESAMModel(dense_net(), **{name: value})

@@ -385,6 +385,17 @@ def test_state_in_a_loop(name, mode):
     assert_close_weights(*nets, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", LOOPS)
+def test_state_in_a_loop_is_refused_on_several_replicas(name):
+    x, y = np.ones((16, 3, 2), "float32"), np.ones((16, 1), "float32")
+    with mirrored(2).scope():
+        net = keras.Sequential(
+            [keras.Input((3, 2)), LOOPS[name](), layers.Dense(1)]
+        )
+        with pytest.raises(ValueError, match=r"inside of.*seed_generator_stat"):
+            train(SAMModel(net, rho=0.1), x, y, loss="mse", batch_size=8)
+
+
 # Weights that the model itself assigns.
 
 

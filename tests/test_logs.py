@@ -1,12 +1,16 @@
 """What is logged, where, and that it is what happened."""
 
+import json
 import math
+import re
 
 import keras
 import numpy as np
 import pytest
 
+from keras_lesam import LESAMModel
 from keras_lesam._statistics import StepStatistics
+from keras_lesam.callbacks import ProgressBar
 from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
@@ -90,17 +94,87 @@ def test_first_order_relation_of_the_logs():
         np.testing.assert_allclose(product, 0.1, rtol=1e-5)
 
 
+def printed_by_fit(capsys, model, verbose, callbacks=None):
+    """Return the lines that a `fit` with validation data leaves, and all."""
+    x, y = classification_data()
+    model.compile("sgd", crossentropy(), metrics=["accuracy"])
+    capsys.readouterr()
+    model.fit(
+        *(x, y),
+        epochs=2,
+        validation_data=(x, y),
+        verbose=verbose,
+        callbacks=callbacks,
+    )
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    return [line for line in re.split("[\n\r\b]+", printed) if line.strip()]
+
+
+def shown(lines):
+    """Return the names of our numbers in what was printed."""
+    return {name for name in OURS for line in lines if f" {name}: " in line}
+
+
+@pytest.mark.parametrize("verbose", ["auto", 1, True])
+@pytest.mark.parametrize("warmup", [0, 0.5])
+def test_progress_bar_is_that_of_the_plain_model(verbose, warmup, capsys):
+    model = LESAMModel(dense_net(), 0.1, warmup=warmup)
+    lines = printed_by_fit(capsys, model, verbose)
+    plain = printed_by_fit(capsys, dense_net(), verbose)
+    names = [re.findall(r" - (\w+): ", run[-1]) for run in (lines, plain)]
+    assert names[0] == names[1] == ["accuracy", "loss", *names[0][2:]]
+    assert not shown(lines)
+
+
+def test_one_line_an_epoch_has_all_numbers(capsys):
+    assert shown(printed_by_fit(capsys, constant_lesam(dense_net()), 2)) == OURS
+
+
 @pytest.mark.parametrize("verbose", [1, 2])
-def test_progress_bar(verbose, capsys):
+def test_progress_bar_of_chosen_numbers(verbose, capsys):
+    numbers = ["sharpness", "rho"]
+    model = constant_lesam(dense_net())
+    bar = ProgressBar(numbers)
+    lines = printed_by_fit(capsys, model, verbose, [bar])
+    assert shown(lines) == set(numbers)
+    assert sum("val_loss" in line for line in lines) == 2
+    # Given a list of callbacks that is set up, `fit` adds nothing to it.
+    listed = keras.callbacks.CallbackList([ProgressBar(["rho"])], model=model)
+    listed.set_params({"verbose": 1, "epochs": 1, "steps": 3})
+    assert shown(printed_by_fit(capsys, model, verbose, listed)) == {"rho"}
+
+
+def test_what_is_zero_is_not_in_the_progress_bar(capsys):
+    model = LESAMModel(dense_net(), 0.1, warmup=0.5, anneal=0)
+    lines = printed_by_fit(capsys, model, 1, [ProgressBar(sorted(OURS))])
+    assert shown(lines) == OURS
+    assert not any("0.0000e+00" in line for line in lines)
+    assert not shown(lines[:2]) & {"rho", "sigma"}
+
+
+def test_progress_bar_leaves_the_logs_alone():
     x, y = classification_data()
     model = constant_lesam(dense_net())
     model.compile("sgd", crossentropy())
-    model.fit(x, y, verbose=verbose)
-    printed = capsys.readouterr().out
-    assert all(f"{name}:" in printed for name in OURS)
-    model.evaluate(x, y, verbose=verbose)
-    printed = capsys.readouterr().out
-    assert not any(f"{name}:" in printed for name in OURS)
+    logs = Logs()
+    model.fit(x, y, callbacks=[ProgressBar([]), logs], verbose=0)
+    assert set(logs.batches[0]) > OURS
+    assert set(logs.epochs[0]) > OURS
+
+
+@pytest.mark.parametrize("numbers", ["rho", 1, None, ["loss"], [1], [["rho"]]])
+def test_progress_bar_of_no_such_number(numbers):
+    with pytest.raises((TypeError, ValueError), match=r"^`numbers` must"):
+        ProgressBar(numbers)
+
+
+def test_evaluate_prints_nothing_of_ours(capsys):
+    x, y = classification_data()
+    model, _, _ = fitted()
+    for verbose in (1, 2):
+        capsys.readouterr()
+        model.evaluate(x, y, verbose=verbose)
+        assert not shown([capsys.readouterr().out])
 
 
 def test_evaluate_is_that_of_plain_keras():
@@ -188,14 +262,16 @@ def test_each_number_is_left_out_on_its_own(bad):
     found = {name: float(v) for name, v in statistics.result().items()}
     assert found == {"a": 2.0, "b": 3.0}
     statistics.reset_state()
-    assert all(np.isnan(float(v)) for v in statistics.result().values())
+    assert all(float(v) == 0 for v in statistics.result().values())
 
 
 def test_no_budget_logs_no_gradient_norm():
     x, y = classification_data()
     model = constant_lesam(dense_net(), sigma=0.0)
     history = train(model, x, y)
-    assert np.isnan(history["gradient_norm"]).all()
+    assert not any(np.any(history[name]) for name in OURS)
+    # As JSON, which has no nan (`keras.callbacks.RemoteMonitor`).
+    json.dumps(history, allow_nan=False)
     model.sigma = 0.1
     history = model.fit(x, y, verbose=0).history
     assert min(history["gradient_norm"]) > 0

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_lesam import LESAMModel
+from keras_lesam import SAMModel
 from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
@@ -179,3 +180,28 @@ def test_float8_scales_are_not_weights():
     assert results[0]
     for found, expected in zip(results[1], results[0]):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("policy", ["float16", "bfloat16"])
+@pytest.mark.parametrize("ascent_from", ["batch", "previous", "momentum"])
+def test_weights_of_16_bits_are_perturbed(policy, ascent_from):
+    """Where the radius is more than 65504 times the gradient."""
+    x, y = classification_data(rows=32)
+    wrapped = net(policy)
+    keras.config.set_dtype_policy(policy)
+    model = SAMModel(wrapped, rho=1.0, ascent_from=ascent_from)
+    logs = []
+    model.compile(
+        keras.optimizers.SGD(0.1), lambda y, p: 1e-5 * crossentropy()(y, p)
+    )
+    for _ in range(3):
+        model.reset_metrics()
+        logs.append(model.train_on_batch(x, y, return_dict=True))
+        for weight in model.weights:
+            assert np.isfinite(np.float32(weight.numpy())).all()
+    assert logs[-1]["rho"] == 1.0
+    # The loss at w + eps: in steps of one pass it is the only one.
+    if ascent_from == "batch":
+        assert logs[-1]["sharpness"] > 0.1 * logs[-1]["loss"]
+    else:
+        assert logs[-1]["loss"] > 1.1 * logs[0]["loss"]

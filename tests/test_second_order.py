@@ -400,6 +400,66 @@ def test_secant_recovers_from_a_wild_first_batch():
     assert state[0] == pytest.approx(4.0, rel=0.01)
 
 
+def test_secant_takes_no_more_of_a_first_batch_than_of_a_later_one():
+    """CLIP times the usual: here s / rho = 4, which raises the rise by half."""
+    for wild in (1e3, 1e30):
+        np.testing.assert_allclose(learn([0.0, 0.0], wild), [12.0, 12.0])
+        np.testing.assert_allclose(learn([0.0, 0.0], -wild), [-12.0, 12.0])
+
+
+def closed_loop(observed, start=(0.0, 0.0), loss=2.0, dtype="float32"):
+    """The radii of steps that go by what those before have shown."""
+    scalar = lambda value: tf.constant(value, dtype)  # noqa: E731
+    secant, slope, radii = estimators.Secant(), 1.0, []
+    state = np.array(start, dtype)
+    for seen in observed:
+        k = secant.estimate(None, {"means": scalar(state)})
+        rho = rules.LossEquated(1.0).radius(scalar(slope), scalar(0.1), k)
+        radii.append(float(rho))
+        state = learn(state, seen, radii[-1], slope, loss, dtype)
+        assert np.isfinite(state).all()
+    return radii
+
+
+# Where the curvature is 5 all the time.
+SETTLED = closed_loop([5.0] * 30)[-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", [0.0, 2.0, 20.0])
+@pytest.mark.parametrize("wild", [1e4, 1e7, 1e12, 1e30, -1e9])
+@pytest.mark.parametrize("when", [0, 1, 30])
+def test_no_wild_batch_locks_the_secant(wild, when, loss, dtype):
+    """A radius so short that the linear part of the rise is rounding."""
+    observed = [5.0] * when + [wild] + [5.0] * 60
+    radii = closed_loop(observed, loss=loss, dtype=dtype)
+    assert min(radii) > 0.1 * SETTLED
+    np.testing.assert_allclose(radii[-10:], SETTLED, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("start", "steps"),
+    [
+        ((1e7, 1e7), 200),
+        ((1e7, 1.0), 250),
+        ((1e7, 1e-7), 250),
+        ((1e12, 1.0), 400),
+        ((1e30, 1e30), 800),
+        ((5.0, 1e30), 30),
+        ((-1e7, 1e7), 250),
+        *(((bad, 1.0), 30) for bad in (math.nan, math.inf, -math.inf)),
+        *(((5.0, bad), 30) for bad in (math.nan, math.inf, -math.inf)),
+        ((math.inf, math.inf), 30),
+        ((5.0, -1.0), 30),
+    ],
+    ids=str,
+)
+def test_a_locked_memory_frees_itself(start, steps):
+    """As one that was saved before: it takes a tenth of what is wrong."""
+    radii = closed_loop([5.0] * steps, start)
+    np.testing.assert_allclose(radii[-5:], SETTLED, rtol=0.05)
+
+
 def test_secant_follows_a_change_from_a_steady_state():
     """The deviation never gets stuck at 0."""
     state = learn([0.0, 0.0], 4.0)
