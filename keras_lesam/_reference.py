@@ -263,7 +263,7 @@ def _means(
             old = tf.cast(state[name], mean.dtype)
             change = _over_positions(total, count) - old
             change = _vectors.or_zero(change, tf.math.is_finite(change))
-            change *= tf.cast(rows / seen, mean.dtype)
+            change *= tf.cast(tf.math.divide_no_nan(rows, seen), mean.dtype)
             new[name] = tf.cast(old + change, state[name].dtype)
             mean += tf.cast(1 - share, mean.dtype) * (old - mean)
         found[i] = mean

@@ -517,6 +517,20 @@ def test_few_rows_have_a_running_mean(rows):
     assert np.mean(found) > 0.02
 
 
+def test_a_batch_without_rows_leaves_no_trace():
+    x, y = classification_data(2)
+    model = relative(dense_net())
+    model.compile(keras.optimizers.SGD(0.0), crossentropy())
+    step(model, x[:0], y[:0])
+    for _ in range(2):
+        step(model, x, y)
+    before = {w.path: w.numpy() for w in model.weights}
+    step(model, x[:0], y[:0])
+    for weight in model.weights:
+        np.testing.assert_array_equal(weight, before[weight.path])
+        assert np.isfinite(weight).all()
+
+
 def test_few_rows_of_a_padded_sequence_and_of_a_picture():
     """The running mean is over rows and positions that count."""
     tokens = np.array([[1, 2, 3, 0, 0]])
