@@ -79,8 +79,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         self._state = StepState(self._add_state_variable)
         self._passes: _engines.Passes = _engines.StatelessPasses()
-        # What the model returns, once there was a batch.
-        self._output_specs: Any = None
+        self._output_specs: Any = None  # Known once there was a batch.
         self._train_functions: dict[bool, Any] = {}
         self._built_for_training = False
         self._is_fitting = False
