@@ -198,9 +198,10 @@ def _least(
     if not known:
         return plain
     # One that is not finite is no less than another.
-    infinite = tf.constant(np.inf, plain.dtype)
-    finite = [tf.where(tf.math.is_finite(k), k, infinite) for k in known]
-    return tf.reduce_min(tf.stack(finite))
+    losses = tf.stack(known)
+    is_finite = tf.math.is_finite(losses)
+    least = tf.reduce_min(tf.where(is_finite, losses, plain.dtype.max))
+    return tf.where(tf.reduce_any(is_finite), least, plain)
 
 
 def _added(model: keras.Model, dtype: Any) -> tf.Tensor:
