@@ -133,7 +133,7 @@ def loss_budget(
     With any of them it is the paper's, if `sigma` does not say it all.
     """
     if sigma is DEFAULT_BUDGET:
-        if (warmup, anneal, guard) == (None, None, None):
+        if all(given is None for given in (warmup, anneal, guard)):
             return DEFAULT_BUDGET
         sigma = rules.DEFAULT_SIGMA
     return budgets.from_number(

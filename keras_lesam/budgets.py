@@ -446,7 +446,7 @@ def from_number(
         guard: That of the budget.
     """
     if isinstance(amount, Budget):
-        if (warmup, anneal, guard) != (None, None, None):
+        if any(given is not None for given in (warmup, anneal, guard)):
             raise ValueError(
                 f"`{name}` is a budget, which says it all: leave `warmup`, "
                 "`anneal` and `guard` alone. Received: "
