@@ -132,17 +132,13 @@ class StandIn(_workarounds.ServableModel):
     @property
     def input(self) -> Any:
         """Symbolic input of the inner model."""
-        # Unless only the wrapper was called on symbols, as a layer is.
-        if hasattr(self.model, "input"):
-            return self.model.input
-        return super().input
+        # Or of the wrapper, if that is what was called, as a layer.
+        return (self.model if hasattr(self.model, "input") else super()).input
 
     @property
     def output(self) -> Any:
         """Symbolic output of the inner model."""
-        if hasattr(self.model, "output"):
-            return self.model.output
-        return super().output
+        return (self.model if hasattr(self.model, "output") else super()).output
 
     @property
     def trainable(self) -> bool:

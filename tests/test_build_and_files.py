@@ -424,6 +424,7 @@ def stack(*units):
 
 @pytest.mark.parametrize("units", [(8, 5), (7, 4), (8, 4, 4)])
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+@pytest.mark.filterwarnings("ignore:.*could not be loaded")
 def test_a_file_that_does_not_fit(suffix, units, tmp_path):
     """The error names what the inner model's own would name."""
     errors = []
