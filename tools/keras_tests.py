@@ -385,9 +385,9 @@ def outcome(record, variant, plain):
     if record["kind"] is None:
         return ("passed" if record["models"] else "no model"), ""
     before = plain.get(test)
-    if before is None or before["kind"] is not None:
-        reason = before["error"] if before else "not run"
-        return "fails without a wrapper", reason.strip().splitlines()[-1]
+    if before is not None and before["kind"] is not None:
+        lines = before["error"].strip().splitlines() or [before["kind"]]
+        return "fails without a wrapper", lines[-1]
     if record["refusal"]:
         return "refused", record["refusal"].partition("Received")[0]
     for reason, patterns in CANNOT_APPLY.items():
