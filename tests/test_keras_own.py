@@ -138,7 +138,7 @@ def test_keras_itself():
     if list(source.glob("callbacks/*_test.py")):
         assert process.returncode == 0, process.stdout
         passed, _, cannot_apply, failed = counts(process.stdout, "climb")
-        assert passed > 15
+        assert passed > 8
         assert cannot_apply > 5
         assert failed == 0
         assert "- models_cloning_test test_call_fn\n" in process.stdout

@@ -170,11 +170,12 @@ def pytest_collectreport(report):
 
 def record(test, kind, error):
     """Write down what became of a test, as a line of JSON."""
+    here = os.getcwd()
     line = {
         "test": test,
         "models": running["models"],
         "kind": kind,
-        "error": None if error is None else str(error),
+        "error": None if error is None else str(error).replace(here, "."),
         "refusal": refusal(error) if isinstance(error, Exception) else None,
     }
     with open(RESULTS, "a") as file:
@@ -234,6 +235,10 @@ class Wrapping(ast.NodeTransformer):
             node.bases = [
                 statement(base).value for base in [*bases, "models.Model"]
             ]
+            # Which a model keeps for itself.
+            for part in ast.walk(node):
+                if ast.unparse(part) == "self.layers":
+                    part.attr = "own_layers"
         return self.visit_within(node, is_test=False)
 
     def visit_FunctionDef(self, node):
@@ -417,7 +422,8 @@ def tables(judged, variants):
     numbers = [max(count(judged, what, v) for v in variants) for what in silent]
     yield (
         f"\nOf the other tests {numbers[0]} make no model, {numbers[1]} are "
-        f"skipped, and {numbers[2]} fail without a wrapper, too."
+        f"skipped, and {numbers[2]} fail without a wrapper, too. "
+        f"Keras {importlib.metadata.version('keras')}."
     )
     for what in (*OUTCOMES[1:], silent[-1]):
         reasons = sorted({key[2] for key in judged if key[0] == what})
