@@ -133,12 +133,14 @@ class StandIn(_workarounds.ServableModel):
     def input(self) -> Any:
         """Symbolic input of the inner model."""
         # Or of the wrapper, if that is what was called, as a layer.
-        return (self.model if hasattr(self.model, "input") else super()).input
+        called: Any = self.model if hasattr(self.model, "input") else super()
+        return called.input
 
     @property
     def output(self) -> Any:
         """Symbolic output of the inner model."""
-        return (self.model if hasattr(self.model, "output") else super()).output
+        called: Any = self.model if hasattr(self.model, "output") else super()
+        return called.output
 
     @property
     def trainable(self) -> bool:
