@@ -102,7 +102,7 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
     """
     trainable = [*model.trainable_variables]
     by_handle = _by_handle(stock, [*model.variables])
-    nested = [*_nested_nodes(stock)]
+    nested = [*_nested_nodes(stock, stock.operations)]
     hidden = [
         variable
         for operation in stock.operations
@@ -124,6 +124,12 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
         closures=_closures(stock, by_handle, nested, trainable),
         accessed=_unique(by_handle.values()),
     )
+
+
+def has_nested_metrics(stock: StockPass) -> bool:
+    """Return whether a metric is written in a branch, a loop or a function."""
+    metrics = stock.graph.get_operations()[len(stock.operations) :]
+    return any(_is_assignment(n.op) for n in _nested_nodes(stock, metrics))
 
 
 def _by_handle(stock: StockPass, variables: list[Any]) -> dict[str, Any]:
@@ -156,12 +162,12 @@ def _is_assignment(kind: str) -> bool:
     return kind.startswith("Assign") or kind.startswith("ResourceScatter")
 
 
-def _nested_nodes(stock: StockPass) -> Iterable[Any]:
-    """Yield the nodes of all functions that the operations use."""
+def _nested_nodes(stock: StockPass, operations: list[Any]) -> Iterable[Any]:
+    """Yield the nodes of all functions that operations of the graph use."""
     library = _library(stock)
     names = [
         name
-        for operation in stock.operations
+        for operation in operations
         for name in _functions_of(operation.node_def)
     ]
     done: set[str] = set()

@@ -12,10 +12,12 @@ import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _engines
+from keras_lesam import _inspection
 from keras_lesam import _passes
 from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
+from keras_lesam._commit import Commit
 from keras_lesam._data import Batch
 from keras_lesam._data import count_rows
 from keras_lesam._delegation import DelegatingModel
@@ -80,6 +82,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._state = StepState(self._add_state_variable)
         self._passes: _engines.Passes = _engines.StatelessPasses()
         self._train_functions: dict[bool, Any] = {}
+        self._metrics_can_wait = False
         self._built_for_training = False
         self._is_fitting = False
         self._is_evaluating = False
@@ -93,16 +96,28 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._build_for_training(batch)
         if self._is_plain:
             return self._plain_train_step(data)
+        commit = Commit()
         context = self._step_context()
         inputs = self._step_inputs(context)
+
+        def report(step: Step) -> tuple[Any, States, list[Any], Any]:
+            values, logs = commit.note(
+                step.model_state,
+                lambda: self._update_metrics(step),
+                self._metrics_can_wait,
+            )
+            return step.gradients, step.states, values, logs
+
         ascent = self._plan.ascent
-        gradients, states, statistics, logs = _results.report(
-            ascent, ascent.run(context, batch, inputs, self._report)
+        gradients, states, values, logs = _results.report(
+            ascent, ascent.run(context, batch, inputs, report)
         )
-        self._state.assign(states, inputs.states)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
-        self._statistics.update_state(statistics)
-        return _workarounds.reducible({**logs, **self._statistics.result()})
+        # Outside of any branch: replicas may have to meet for it.
+        commit.write(
+            *(self, gradients, values),
+            lambda: self._state.assign(states, inputs.states),
+        )
+        return _workarounds.reducible(logs)
 
     @property
     def _is_plain(self) -> bool:
@@ -172,18 +187,14 @@ class SharpnessAwareTrainer(DelegatingModel):
             )
         return StepInputs(progress, states, budget)
 
-    def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
-        """Commit model state and metrics; return what outlives a branch.
-
-        The states of the step are not committed: replicas may have to meet for
-        that, which they cannot do in a branch.
-        """
-        _passes.commit(step.model_state)
+    def _update_metrics(self, step: Step) -> dict[str, Any]:
+        """Update loss, metrics and statistics; return the logs."""
         x, y, sample_weight = step.batch
         loss = next(m for m in self.metrics if m.name == "loss")
         loss.update_state(step.loss, sample_weight=count_rows(x))
+        self._statistics.update_state(step.statistics)
         logs = self.compute_metrics(x, y, step.outputs, sample_weight)
-        return step.gradients, step.states, step.statistics, logs
+        return {**logs, **self._statistics.result()}
 
     # What waits for a first batch.
 
@@ -207,6 +218,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         with tf.init_scope():
             self._build_state()
         self._passes = _engines.choose(self, stock, batch)
+        self._metrics_can_wait = stock is not None and not (
+            _inspection.has_nested_metrics(stock)
+        )
         self._plan.estimator.check(self._passes, self, batch)
         self._built_for_training = True
 
