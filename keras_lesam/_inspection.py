@@ -82,7 +82,8 @@ def trace_stock_pass(
         if training:
             compute_loss(model, batch, outputs, training=True)
         graph = tf.compat.v1.get_default_graph()
-        operations.extend(graph.get_operations())
+        # A function that makes variables is traced twice.
+        operations[:] = graph.get_operations()
         if training:
             model.compute_metrics(
                 batch.x, batch.y, outputs, sample_weight=batch.sample_weight
