@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _engines
+from keras_lesam import _guard
 from keras_lesam import _inspection
 from keras_lesam import _passes
 from keras_lesam import _results
@@ -114,7 +115,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         # Outside of any branch: replicas may have to meet for it.
         commit.write(
-            *(self, gradients, values),
+            *(self, _guard.in_unison(self.optimizer, gradients), values),
             lambda: self._state.assign(states, inputs.states),
         )
         return _workarounds.reducible(logs)
