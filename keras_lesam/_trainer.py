@@ -33,6 +33,7 @@ from keras_lesam._state import Numbers
 from keras_lesam._state import StepState
 from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
+from keras_lesam.ascents import Ascent
 
 
 class SharpnessAwareTrainer(DelegatingModel):
@@ -204,7 +205,9 @@ class SharpnessAwareTrainer(DelegatingModel):
             return
         if not (self._has_length or self._is_fitting):
             raise ValueError(NO_LENGTH)
-        self._refuse_stateful_parts()
+        _refuse_stateful_parts(
+            self.model, self._plan.ascent, self._num_batch_splits
+        )
         if not tf.executing_eagerly():
             _workarounds.refuse_rematerialized_layers(self.model)
         stock = _passes.build(self, batch)
@@ -224,24 +227,6 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         self._plan.estimator.check(self._passes, self, batch)
         self._built_for_training = True
-
-    def _refuse_stateful_parts(self) -> None:
-        """Raise `ValueError` for state that is one of each row of a batch."""
-        if self._num_batch_splits == 1 and self._plan.ascent.sees_all_rows:
-            return
-        stateful = [
-            layer.name
-            for layer in self.model._flatten_layers()
-            if getattr(layer, "stateful", False)
-        ]
-        if stateful:
-            raise ValueError(
-                "A stateful recurrent layer has a state of each row of a "
-                "batch, and cannot see parts of it: leave `num_batch_splits` "
-                f"and `ascent_fraction` at 1. Received: layers {stateful}, "
-                f"num_batch_splits={self._num_batch_splits}, "
-                f"{self._plan.ascent.keywords()}"
-            )
 
     @property
     def _has_length(self) -> bool:
@@ -317,3 +302,23 @@ def _moves(perturb: Callable[[Any], Any], variable: Any) -> bool:
             f"{_checks.short(answer)} for {variable.path!r}"
         )
     return bool(answer)
+
+
+def _refuse_stateful_parts(
+    model: keras.Model, ascent: Ascent, num_batch_splits: int
+) -> None:
+    """Raise `ValueError` for state that is one of each row of a batch."""
+    if num_batch_splits == 1 and ascent.sees_all_rows:
+        return
+    stateful = [
+        layer.name
+        for layer in model._flatten_layers()
+        if getattr(layer, "stateful", False)
+    ]
+    if stateful:
+        raise ValueError(
+            "A stateful recurrent layer has a state of each row of a "
+            "batch, and cannot see parts of it: leave `num_batch_splits` "
+            f"and `ascent_fraction` at 1. Received: layers {stateful}, "
+            f"num_batch_splits={num_batch_splits}, {ascent.keywords()}"
+        )
