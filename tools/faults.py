@@ -193,11 +193,13 @@ def train(method, folder, has_started):
         Begins(backup, folder / "torn"),
     ]
     has_started.set()
-    model.fit(
-        *make_data(),
-        **{"batch_size": BATCH, "epochs": 30, "shuffle": False, "verbose": 0},
-        callbacks=callbacks,
-    )
+    fit = {"batch_size": BATCH, "epochs": 30, "shuffle": False, "verbose": 0}
+    try:
+        model.fit(*make_data(), callbacks=callbacks, **fit)
+    except OSError:
+        # A file of weights, and its copy, that were not written to the end.
+        (folder / "torn").touch()
+        return
     variables = [*model.weights, *model.optimizer.variables]
     np.savez(folder / "end.npz", *[v.numpy() for v in variables])
 
@@ -222,8 +224,10 @@ class Begins(keras.callbacks.Callback):
 def compare(part, whole):
     """Return "identical", "torn" (the backup) or "other"."""
     end = part / "end.npz"
-    if (part / "torn").exists() or not end.exists():
+    if (part / "torn").exists():
         return "torn"
+    if not end.exists():
+        return "other"
     with np.load(end) as found, np.load(whole / "end.npz") as expected:
         same = set(found) == set(expected) and all(
             np.array_equal(found[name], expected[name]) for name in expected
