@@ -64,7 +64,7 @@ if hasattr(budgets, "Relative"):
     )
 KILLED = ("plain", "first order", "secant", "hvp", "LookSAM", "momentum")
 KILLED += ("relative",) if "relative" in METHODS else ()
-ROWS, BATCH = 256, 16
+ROWS, BATCH = 128, 16
 
 
 def main():
@@ -141,7 +141,7 @@ def kill_all(context, method, count):
     moments = random.Random(method)
     with tempfile.TemporaryDirectory() as folder:
         whole = pathlib.Path(folder, "whole")
-        seconds, _ = run(context, method, whole)
+        seconds = run(context, method, whole)
         outcomes = []
         for i in range(count):
             progress(f"{method}: kill {i + 1} of {count}")
@@ -154,21 +154,22 @@ def kill_all(context, method, count):
 
 
 def run(context, method, folder, kill_after=None):
-    """Train in a process of its own; return its seconds and exit code."""
-    has_started = context.Event()
-    arguments = (method, str(folder), has_started)
+    """Train in a process of its own; return its seconds after a first step."""
+    has_begun = context.Event()
+    arguments = (method, str(folder), has_begun)
     process = context.Process(target=train, args=arguments)
     process.start()
-    has_started.wait(600)
+    while process.is_alive() and not has_begun.wait(0.01):
+        pass
     started = time.perf_counter()
     process.join(kill_after)
     if process.is_alive():
         process.kill()
     process.join()
-    return time.perf_counter() - started, process.exitcode
+    return time.perf_counter() - started
 
 
-def train(method, folder, has_started):
+def train(method, folder, has_begun):
     """Train with backups, from the last one if there is one; save the end."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
@@ -190,10 +191,9 @@ def train(method, folder, has_started):
     backup = folder / "backup"
     callbacks = [
         keras.callbacks.BackupAndRestore(str(backup), delete_checkpoint=False),
-        Begins(backup, folder / "torn"),
+        Begins(folder / "torn", has_begun),
     ]
-    has_started.set()
-    fit = {"batch_size": BATCH, "epochs": 30, "shuffle": False, "verbose": 0}
+    fit = {"batch_size": BATCH, "epochs": 12, "shuffle": False, "verbose": 0}
     try:
         model.fit(*make_data(), callbacks=callbacks, **fit)
     except OSError:
@@ -205,20 +205,23 @@ def train(method, folder, has_started):
 
 
 class Begins(keras.callbacks.Callback):
-    """Leaves a file if weights and number of the epoch are not of one backup.
+    """Says when there was a step, and that a backup was torn.
 
-    Keras writes the one after the other.
+    Keras writes its weights, and then the number of the epoch.
     """
 
-    def __init__(self, backup, torn):
+    def __init__(self, torn, has_begun):
         super().__init__()
-        self.backup = backup
         self.torn = torn
+        self.has_begun = has_begun
 
     def on_epoch_begin(self, epoch, logs=None):
         done = int(self.model.optimizer.iterations) * BATCH // ROWS
         if done != epoch:
             self.torn.touch()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.has_begun.set()
 
 
 def compare(part, whole):
