@@ -276,8 +276,9 @@ def test_a_metric_that_writes_in_a_function(method, mode):
     """It counts; a pass that fails leaves even that alone."""
     model = make(method, mode, net=MeteredInAFunction)
     assert_survives(model, EVERYWHERE[:6])
-    # The rows of the last step.
-    assert int(model.model.mean.count) == (16 if method == "lesam" else 8)
+    rows = 16 if method == "lesam" else 8
+    # Of the last step, or of all in versions that reset no metrics.
+    assert int(model.model.mean.count) in (rows, 3 * rows)
 
 
 @pytest.mark.parametrize("method", ["lesam", "fraction", "looksam"])

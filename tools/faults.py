@@ -73,9 +73,7 @@ def main():
     started, is_good = time.perf_counter(), True
     print(f"Keras {keras.__version__}, TensorFlow {tf.__version__}")
     for name in args.only:
-        lines, good = tallies[name](args)
-        print(*lines, sep="\n", flush=True)
-        is_good &= good
+        is_good &= tallies[name](args)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{'Passed' if is_good else 'FAILED'}, {minutes:.1f} minutes.")
     sys.exit(not is_good)
@@ -101,6 +99,12 @@ def parse_args():
     return args
 
 
+def tell(text):
+    """Print what is to be kept."""
+    progress("")
+    print(text, flush=True)
+
+
 def progress(text):
     """Show on a terminal what is being done, without a line of its own."""
     if sys.stderr.isatty():
@@ -117,10 +121,10 @@ def make_data(rows=ROWS):
 
 
 def kills(args):
-    """Kill trainings of each method; return lines of a table, and success."""
-    lines = [f"\n## {args.kills} kills at random moments", ""]
-    lines += ["| method | identical | torn backups | other | seconds |"]
-    lines += ["|---|---|---|---|---|"]
+    """Kill trainings of each method; return whether all went on well."""
+    tell(f"\n## {args.kills} kills at random moments\n")
+    tell("| method | identical | torn backups | other | seconds |")
+    tell("|---|---|---|---|---|")
     # One import of TensorFlow; each training is a process forked from it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "keras", "keras_lesam"])
@@ -131,9 +135,9 @@ def kills(args):
         counts = {o: found.count(o) for o in ("identical", "torn", "other")}
         seconds = time.perf_counter() - started
         cells = [method, *map(str, counts.values()), f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        tell(f"| {' | '.join(cells)} |")
         is_good &= not counts["other"]
-    return lines, is_good
+    return is_good
 
 
 def kill_all(context, method, count):
@@ -149,7 +153,6 @@ def kill_all(context, method, count):
             run(context, method, part, moments.uniform(0, seconds))
             run(context, method, part)
             outcomes.append(compare(part, whole))
-        progress("")
         return outcomes
 
 
@@ -352,25 +355,25 @@ class Trainee:
 
 
 def faults(args):
-    """Try each fault with each method; return lines and success."""
-    lines = ["\n## Faults: runs that survive, of all", ""]
-    lines += ["| method | mode | survive | plain Keras only |"]
-    lines += ["|---|---|---|---|"]
+    """Try each fault with each method; return whether none is lost."""
+    tell("\n## Faults: runs that survive, and that only plain Keras survives\n")
+    tell("| method | mode | survive | plain only |")
+    tell("|---|---|---|---|")
     matrix = [*itertools.product(PLACES, KINDS, STEPS)]
     plain, lost = {}, []
     for mode, method in itertools.product(args.modes, args.methods):
         progress(f"{method}, {mode}: {len(matrix)} faults")
         trainee = Trainee(method, mode)
         found = {fault: trainee.survives(*fault) for fault in matrix}
-        progress("")
         if method == "plain":
             plain[mode] = found
         worse = [f for f in matrix if plain[mode][f] and not found[f]]
         lost += [(method, mode, *fault) for fault in worse]
         survived = f"{sum(found.values())} of {len(matrix)}"
-        lines.append(f"| {method} | {mode} | {survived} | {len(worse)} |")
-    lines += [f"lost: {', '.join(map(str, fault))}" for fault in lost]
-    return lines, not lost
+        tell(f"| {method} | {mode} | {survived} | {len(worse)} |")
+    for fault in lost:
+        tell(f"lost: {', '.join(map(str, fault))}")
+    return not lost
 
 
 # A long training.
@@ -411,7 +414,7 @@ class Counter(keras.layers.Layer):
 
 
 def long(args):
-    """Train for long; return lines and whether nothing has grown."""
+    """Train for long; return whether nothing has grown."""
     keras.utils.set_random_seed(0)
     counter = Counter()
     net = keras.Sequential(
@@ -435,14 +438,14 @@ def long(args):
     first, last = (1e3 * statistics.median(s) for s in (first, last))
     grown = watch.memory[-1] - watch.memory[0]
     new = traces[-1] - traces[0]
-    lines = [f"\n## {len(watch.seconds)} steps", ""]
-    lines += [
+    tell(f"\n## {len(watch.seconds)} steps\n")
+    tell(
         f"Memory {watch.memory[0]:.0f} MB after {warm} steps, and "
-        f"{grown:+.1f} MB at the end.",
-        f"{new} new traces after the first epoch.",
-        f"{first:.2f} ms a step at first, {last:.2f} ms at last (medians).",
-    ]
-    return lines, grown < 20 and not new
+        f"{grown:+.1f} MB at the end.\n"
+        f"{new} new traces after the first epoch.\n"
+        f"{first:.2f} ms a step at first, {last:.2f} ms at last (medians)."
+    )
+    return grown < 20 and not new
 
 
 if __name__ == "__main__":
