@@ -128,9 +128,17 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
 
 
 def has_nested_metrics(stock: StockPass) -> bool:
-    """Return whether a metric is written in a branch, a loop or a function."""
+    """Return whether metrics go past the stateless scope.
+
+    Those that are written in a branch or a loop, or used by a `tf.function`,
+    which keeps what it was traced with.
+    """
     metrics = stock.graph.get_operations()[len(stock.operations) :]
-    return any(_is_assignment(n.op) for n in _nested_nodes(stock, metrics))
+    nested = [*_nested_nodes(stock, metrics)]
+    nodes = [*(operation.node_def for operation in metrics), *nested]
+    return any(_is_assignment(node.op) for node in nested) or any(
+        _calls_with_variables(node, stock) for node in nodes
+    )
 
 
 def _by_handle(stock: StockPass, variables: list[Any]) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def _functions_of(node: Any) -> list[str]:
 
 
 def _calls_with_variables(node: Any, stock: StockPass) -> bool:
-    """Return whether a nested node is a call that is given a resource."""
+    """Return whether a node is a call that is given a resource."""
     if node.op not in _CALLS:
         return False
     types = node.attr["Tin"].list.type
