@@ -91,6 +91,34 @@ def test_a_gradient_that_is_not_finite_is_not_applied(kind, mode):
             assert np.isfinite(weight.numpy()).all(), (make, weight.path)
 
 
+class HiddenUnit(layers.Layer):
+    """The unit of `root_net`, whose weights are read behind a function."""
+
+    def build(self, shape):
+        constant = {"initializer": keras.initializers.Constant(0.1)}
+        self.w = self.add_weight(shape=(shape[-1], 1), **constant)
+        self.b = self.add_weight(shape=(1,), **constant)
+
+    @tf.function
+    def hidden(self, x):
+        return tf.sqrt(tf.nn.relu(x @ self.w + self.b))
+
+    def call(self, x):
+        return self.hidden(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*moves its weights in place")
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_passes_in_place_are_looked_at_too(mode):
+    plain, net = root_net(), keras.Sequential([keras.Input((4,)), HiddenUnit()])
+    one = {"loss": "mse", "batch_size": 16, "epochs": 1, **mode}
+    train(plain, *data(16), **one)
+    model = SAMModel(net, rho=50.0)
+    train(model, *data(16), **one)
+    assert model._passes.is_in_place
+    assert_close_weights(net, plain, atol=1e-7)
+
+
 # Under XLA the gradient of a unit that is off is 0, whatever comes after it.
 @pytest.mark.parametrize("mode", MODES[:2], ids=str)
 def test_the_step_is_then_a_plain_one(mode):
