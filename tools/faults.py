@@ -20,6 +20,7 @@ Exits with 1 if one of them fails. Takes half an hour on two cores.
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -64,7 +65,7 @@ if hasattr(budgets, "Relative"):
     )
 KILLED = ("plain", "first order", "secant", "hvp", "LookSAM", "momentum")
 KILLED += ("relative",) if "relative" in METHODS else ()
-ROWS, BATCH = 128, 16
+ROWS, BATCH = 1024, 16
 
 
 def main():
@@ -199,8 +200,8 @@ def train(method, folder, has_begun):
     fit = {"batch_size": BATCH, "epochs": 12, "shuffle": False, "verbose": 0}
     try:
         model.fit(*make_data(), callbacks=callbacks, **fit)
-    except OSError:
-        # A file of weights, and its copy, that were not written to the end.
+    except (OSError, json.JSONDecodeError):
+        # A file that was not written to the end.
         (folder / "torn").touch()
         return
     variables = [*model.weights, *model.optimizer.variables]
