@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_lesam import _passes
 from keras_lesam import _vectors
+from keras_lesam._passes import LossAndGradients
 from keras_lesam._records import Step
 from keras_lesam._records import StepContext
 from keras_lesam._vectors import Tensors
@@ -65,6 +66,23 @@ def tell_loss_scale(
     return step._replace(gradients=spoiled)
 
 
+def without_gradients_unless(
+    is_usable: tf.Tensor, point: LossAndGradients
+) -> LossAndGradients:
+    """Return a point with gradients of 0 and no new state, or as it is.
+
+    Where there is no pass at the weights to fall back on.
+    """
+    gradients = [
+        None if g is None else _or_zeros(g, is_usable) for g in point.gradients
+    ]
+    state = [
+        (variable, tf.where(is_usable, value, variable.value))
+        for variable, value in point.state
+    ]
+    return point._replace(gradients=gradients, state=state)
+
+
 def in_unison(optimizer: Any, gradients: Tensors) -> Tensors:
     """Return gradients that a loss scale judges alike in all replicas.
 
@@ -96,3 +114,10 @@ def _divided_by_zero(gradient: Any, condition: tf.Tensor) -> Any:
     return tf.IndexedSlices(
         gradient.values / divisor, gradient.indices, gradient.dense_shape
     )
+
+
+def _or_zeros(gradient: Any, condition: tf.Tensor) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return _vectors.or_zero(gradient, condition)
+    values = _vectors.or_zero(gradient.values, condition)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)

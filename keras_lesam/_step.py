@@ -139,7 +139,7 @@ def memory_step(
     # From the weights themselves next time, and not from there again.
     is_kept = _guard.excuse(context, is_usable)
     mean = [None if m is None else _vectors.or_zero(m, is_kept) for m in mean]
-    point = _without_gradients_unless(is_usable, point)
+    point = _guard.without_gradients_unless(is_usable, point)
     step = Step(
         gradients=point.gradients,
         batch=batch,
@@ -389,30 +389,6 @@ def _is_up_to_the_rule(
     if first.inputs.gate is None:
         return has_ascended
     return has_ascended | ((first.allowed > 0) & ~first.inputs.gate)
-
-
-def _without_gradients_unless(
-    is_usable: tf.Tensor, point: LossAndGradients
-) -> LossAndGradients:
-    """Return a point with gradients of 0 and no new state, or as it is.
-
-    Where there is no pass at the weights to fall back on.
-    """
-    gradients = [
-        None if g is None else _or_zeros(g, is_usable) for g in point.gradients
-    ]
-    state = [
-        (variable, tf.where(is_usable, value, variable.value))
-        for variable, value in point.state
-    ]
-    return point._replace(gradients=gradients, state=state)
-
-
-def _or_zeros(gradient: Any, condition: tf.Tensor) -> Any:
-    if not isinstance(gradient, tf.IndexedSlices):
-        return _vectors.or_zero(gradient, condition)
-    values = _vectors.or_zero(gradient.values, condition)
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _after(
