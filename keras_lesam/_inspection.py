@@ -86,7 +86,8 @@ def trace_stock_pass(
         if training:
             compute_loss(model, batch, outputs, training=True)
         graph = tf.compat.v1.get_default_graph()
-        operations.extend(graph.get_operations())
+        # A function that makes variables is traced twice.
+        operations[:] = graph.get_operations()
         if training:
             model.compute_metrics(
                 batch.x, batch.y, outputs, sample_weight=batch.sample_weight
@@ -108,7 +109,7 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
     # A loss of several outputs writes a metric for each.
     variables = [*model.variables, *model.metrics_variables]
     by_handle = _by_handle(stock, variables)
-    nested = [*_nested_nodes(stock)]
+    nested = [*_nested_nodes(stock, stock.operations)]
     hidden = [
         variable
         for operation in stock.operations
@@ -129,6 +130,20 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
         assigned=[v for v in _unique(assigned) if id(v) in _ids(trainable)],
         closures=_closures(stock, by_handle, nested, trainable),
         accessed=_unique(by_handle.values()),
+    )
+
+
+def has_nested_metrics(stock: StockPass) -> bool:
+    """Return whether metrics go past the stateless scope.
+
+    Those that are written in a branch or a loop, or used by a `tf.function`,
+    which keeps what it was traced with.
+    """
+    metrics = stock.graph.get_operations()[len(stock.operations) :]
+    nested = [*_nested_nodes(stock, metrics)]
+    nodes = [*(operation.node_def for operation in metrics), *nested]
+    return any(_is_assignment(node.op) for node in nested) or any(
+        _calls_with_variables(node, stock) for node in nodes
     )
 
 
@@ -162,12 +177,12 @@ def _is_assignment(kind: str) -> bool:
     return kind.startswith("Assign") or kind.startswith("ResourceScatter")
 
 
-def _nested_nodes(stock: StockPass) -> Iterable[Any]:
-    """Yield the nodes of all functions that the operations use."""
+def _nested_nodes(stock: StockPass, operations: list[Any]) -> Iterable[Any]:
+    """Yield the nodes of all functions that operations of the graph use."""
     library = _library(stock)
     names = [
         name
-        for operation in stock.operations
+        for operation in operations
         for name in _functions_of(operation.node_def)
     ]
     done: set[str] = set()
@@ -197,7 +212,7 @@ def _functions_of(node: Any) -> list[str]:
 
 
 def _calls_with_variables(node: Any, stock: StockPass) -> bool:
-    """Return whether a nested node is a call that is given a resource."""
+    """Return whether a node is a call that is given a resource."""
     if node.op not in _CALLS:
         return False
     types = node.attr["Tin"].list.type

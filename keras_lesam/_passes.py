@@ -95,7 +95,7 @@ def forward(
         loss, as in plain Keras.
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
-    with _RecordingScope(mapping) as scope:
+    with RecordingScope(mapping) as scope:
         outputs = model(batch.x, training=training)
         loss = compute_loss(model, batch, outputs, training)
     scaled_loss = loss
@@ -186,7 +186,7 @@ def _touch(model: keras.Model, batch: Batch) -> Any:
     # As in a pass: in training, and with what `add_loss` is given on the way.
     # With replicas, a layer may want to synchronize, which a trace cannot.
     training = replicas() == 1
-    with _RecordingScope([*zip(model.trainable_variables, weights)]):
+    with RecordingScope([*zip(model.trainable_variables, weights)]):
         outputs = model(x, training=training)
         compute_loss(model, batch, outputs, training=True)
         model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
@@ -266,7 +266,7 @@ def either(
     )
 
 
-class _RecordingScope(keras.StatelessScope):
+class RecordingScope(keras.StatelessScope):
     """A `StatelessScope` that lists which variables it kept from writing.
 
     The scope itself knows values by the id of their variable; the list also
@@ -296,6 +296,7 @@ class _RecordingScope(keras.StatelessScope):
 
     @property
     def updates(self) -> list[tuple[Any, Any]]:
+        """What would have been written: a list of `(variable, tensor)`."""
         return [(v, self.get_current_value(v)) for v in self._updated.values()]
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import keras
@@ -167,18 +167,16 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
             any of `"rho"`, `"gradient_norm"`, `"sharpness"`, `"sigma"`.
 
     Raises:
-        TypeError: if `numbers` is a string or has no items.
+        TypeError: if `numbers` is no list, tuple or set.
         ValueError: if one of the names is another.
     """
 
-    def __init__(self, numbers: Iterable[str] = ("rho",)) -> None:
+    def __init__(self, numbers: Collection[str] = ("rho",)) -> None:
         super().__init__()
-        if isinstance(numbers, str | bytes) or not isinstance(
-            numbers, Iterable
-        ):
+        if not isinstance(numbers, list | tuple | set | frozenset):
             raise TypeError(
                 "`numbers` must be a list of names. "
-                f"Received: numbers={numbers!r}"
+                f"Received: numbers={_checks.short(numbers)}"
             )
         self.numbers = tuple(
             _checks.choice("numbers", name, STATISTICS) for name in numbers

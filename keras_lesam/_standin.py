@@ -27,6 +27,16 @@ _OF_THE_WRAPPER = frozenset(
     }
 )
 
+# What only reads off the inner model: it says why it can't be assigned to.
+_DESCRIBING_THE_MODEL = frozenset({"layers", "input", "output"})
+# What Keras tracks where it is an attribute of a model.
+_STATE = (
+    keras.layers.Layer,
+    keras.metrics.Metric,
+    keras.random.SeedGenerator,
+    keras.Variable,
+)
+
 
 def signature_of(method: Callable[..., Any]) -> Callable[..., Any]:
     """Give a method that forwards all its arguments another's signature.
@@ -93,14 +103,14 @@ class StandIn(_workarounds.ServableModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, where it is."""
-        if self._has_by_model(name):
+        if _is_of_model(self, name, value):
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute, where it is."""
-        if self._has_by_model(name):
+        if _is_of_model(self, name):
             delattr(self.model, name)
         else:
             super().__delattr__(name)
@@ -108,17 +118,6 @@ class StandIn(_workarounds.ServableModel):
     def __dir__(self) -> list[str]:
         """List the attributes of both, as Keras does to name what it saves."""
         return [*super().__dir__(), *_files.names_of(self.model)]
-
-    def _has_by_model(self, name: str) -> bool:
-        """Return whether only the inner model has an attribute."""
-        model = vars(self).get("model")
-        return not (
-            model is None
-            or name.startswith("_")
-            or name in _OF_THE_WRAPPER
-            or name in vars(self)
-            or hasattr(type(self), name)
-        ) and hasattr(model, name)
 
     @property
     def layers(self) -> list[Any]:
@@ -133,12 +132,15 @@ class StandIn(_workarounds.ServableModel):
     @property
     def input(self) -> Any:
         """Symbolic input of the inner model."""
-        return self.model.input
+        # Or of the wrapper, if that is what was called, as a layer.
+        called: Any = self.model if hasattr(self.model, "input") else super()
+        return called.input
 
     @property
     def output(self) -> Any:
         """Symbolic output of the inner model."""
-        return self.model.output
+        called: Any = self.model if hasattr(self.model, "output") else super()
+        return called.output
 
     @property
     def trainable(self) -> bool:
@@ -216,10 +218,13 @@ class StandIn(_workarounds.ServableModel):
         Raises:
             ValueError: if that cannot be done by shapes alone.
         """
-        if self.built:
-            return
         if input_shape is not None or not shapes:
             args = (input_shape, *args)
+        if self.built:
+            if isinstance(self.model, keras.Sequential):
+                # It refuses another shape than it was built for.
+                self.model.build(*args, **shapes)
+            return
         if type(self.model).build is keras.Model.build:
             _build_by_call(self.model, args, shapes)
         else:
@@ -258,11 +263,19 @@ class StandIn(_workarounds.ServableModel):
     @signature_of(keras.Model.load_weights)
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Load weights that the wrapper, or the inner model, has saved."""
+        failure = None
         if _files.is_of_wrapper(filepath, self.model):
-            super().load_weights(filepath, *args, **kwargs)
-        else:
-            with self._lent_optimizer():
-                self.model.load_weights(filepath, *args, **kwargs)
+            try:
+                super().load_weights(filepath, *args, **kwargs)
+                return
+            except ValueError as error:
+                # Keras came by each layer twice, and says what was wrong the
+                # second time: the inner model says what it was at first.
+                failure = error
+        with self._lent_optimizer():
+            self.model.load_weights(filepath, *args, **kwargs)
+        if failure is not None:
+            raise failure
 
     def save_own_variables(self, store: Any) -> None:
         """Save those of the inner model itself."""
@@ -330,6 +343,27 @@ class OptimizerLoan:
         if self._users == 0 and self._optimizer is not None:
             self._attributes.pop("optimizer", None)
             self._attributes.update(self._before)
+
+
+def _is_of_model(wrapper: StandIn, name: str, value: Any = None) -> bool:
+    """Return whether the inner model is to be asked for an attribute.
+
+    It is if the wrapper does not have it; and state that is attached to a built
+    model, is for that model to take or to refuse.
+    """
+    model = vars(wrapper).get("model")
+    if model is None or name.startswith("_") or name in _OF_THE_WRAPPER:
+        return False
+    if name in _DESCRIBING_THE_MODEL:
+        return True
+    if name in vars(wrapper) or hasattr(type(wrapper), name):
+        return False
+    return hasattr(model, name) or (model.built and _has_state(value))
+
+
+def _has_state(value: Any) -> bool:
+    """Return whether Keras would track something in a nest of values."""
+    return any(isinstance(leaf, _STATE) for leaf in keras.tree.flatten(value))
 
 
 def _with_signature(

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_lesam import _allowance
 from keras_lesam import _data
+from keras_lesam import _guard
 from keras_lesam import _host_random
 from keras_lesam import _passes
 from keras_lesam import _reference
@@ -51,26 +52,34 @@ def two_pass_step(
     first = first_pass(context, batch, inputs)
     perturbation = perturb(first)
 
+    plain, zero = first.point.gradients, tf.zeros((), context.dtype)
+
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
         second = second_pass(first, perturbation, batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
-        # Where the ascent ends at no loss or no gradient, do not follow it.
-        return _passes.either(
-            context.use_cond,
-            tf.math.is_finite(rise) & _vectors.are_finite(gradients),
-            lambda: (gradients, perturbation.radius, rise),
-            stay,
-        )
+        is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
+        return gradients, _vectors.or_zero(rise, is_usable), is_usable
 
-    def stay() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
-        zero = tf.zeros_like(perturbation.radius)
-        return select_gradients(first, first.point), zero, zero
-
-    gradients, radius, rise = _passes.either(
-        context.use_cond, perturbation.radius > 0, ascend, stay
+    gradients, rise, is_usable = _passes.either(
+        context.use_cond,
+        perturbation.radius > 0,
+        ascend,
+        lambda: (plain, zero, tf.constant(True)),
     )
-    return finish(first, perturbation._replace(radius=radius), gradients, rise)
+    is_usable, rise = _guard.agree_on_mean(context, is_usable, rise)
+    # Where the ascent ends at no loss or no gradient, do not follow it.
+    gradients, rise = _passes.either(
+        context.use_cond,
+        is_usable,
+        lambda: (gradients, rise),
+        lambda: (plain, zero),
+    )
+    followed = perturbation._replace(
+        radius=_vectors.or_zero(perturbation.radius, is_usable)
+    )
+    step = finish(first, followed, gradients, rise)
+    return _guard.tell_loss_scale(context, step, ~is_usable)
 
 
 def fraction_step(
@@ -86,19 +95,23 @@ def fraction_step(
     # Even at radius 0: the gradient of the whole batch is still to come.
     second = second_pass(first, perturbation, batch)
     gradients = select_gradients(first, second)
-    is_usable = tf.math.is_finite(second.loss) & _vectors.are_finite(gradients)
-    stay = select_gradients(first, first.point)
+    is_usable = _guard.agree(
+        context,
+        tf.math.is_finite(second.loss) & _vectors.are_finite(gradients),
+    )
+    stay = first.point.gradients
     if not context.use_cond:
         # One choice for both: rows of an embedding are others in each.
         gradients, stay = _vectors.dense(gradients), _vectors.dense(stay)
     # Where the ascent ends at no loss or gradient, the first rows must do.
-    gradients, radius = _passes.either(
-        context.use_cond,
-        is_usable,
-        lambda: (gradients, perturbation.radius),
-        lambda: (stay, tf.zeros_like(perturbation.radius)),
+    gradients = _passes.either(
+        context.use_cond, is_usable, lambda: gradients, lambda: stay
     )
-    return finish(first, perturbation._replace(radius=radius), gradients)
+    followed = perturbation._replace(
+        radius=_vectors.or_zero(perturbation.radius, is_usable)
+    )
+    step = finish(first, followed, gradients)
+    return _guard.tell_loss_scale(context, step, ~is_usable)
 
 
 def memory_step(
@@ -126,10 +139,14 @@ def memory_step(
     point = context.passes.there(model, weights, batch, inputs.model_state)
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
-    states = {**inputs.states, "ascent": {"mean": mean}}
     losses, reference = _reference.measure(
         context, inputs, batch, weights, point
     )
+    is_usable = _guard.agree(context, _vectors.are_finite(point.gradients))
+    # From the weights themselves next time, and not from there again.
+    is_kept = _guard.excuse(context, is_usable)
+    mean = [None if m is None else _vectors.or_zero(m, is_kept) for m in mean]
+    states = {**inputs.states, "ascent": {"mean": mean}}
     if reference:
         states["reference"] = reference
     if losses is not None:
@@ -138,8 +155,8 @@ def memory_step(
             "update",
             context.budget.update(losses, states["budget"]),
         )
-    point = _without_bad_gradients(context, point)
-    return Step(
+    point = _guard.without_gradients_unless(is_usable, point)
+    step = Step(
         gradients=point.gradients,
         batch=batch,
         loss=point.logged_loss,
@@ -148,6 +165,7 @@ def memory_step(
         statistics=_statistics(perturbation, budget, None),
         states=states,
     )
+    return _guard.tell_loss_scale(context, step, ~is_usable)
 
 
 def in_parts(
@@ -346,6 +364,13 @@ def _update(
         lambda: perturbed.rescale(updated),
         lambda: _vectors.dense(scaled),
     )
+    is_usable = _guard.agree(context, _vectors.are_finite(gradients))
+    gradients = _passes.either(
+        context.use_cond,
+        _guard.excuse(context, is_usable),
+        lambda: gradients,
+        lambda: _vectors.dense(first.point.gradients),
+    )
     return gradients, state
 
 
@@ -361,34 +386,6 @@ def _is_up_to_the_rule(
     if first.inputs.gate is None:
         return has_ascended
     return has_ascended | ((first.allowed > 0) & ~first.inputs.gate)
-
-
-def _without_bad_gradients(
-    context: StepContext, point: LossAndGradients
-) -> LossAndGradients:
-    """Return a point with gradients of 0 and no new state if one is not finite.
-
-    There is no pass at the weights to fall back on. A loss scale has to see
-    what overflows: its optimizer leaves the step out by itself.
-    """
-    if not isinstance(context.scales().whole, float):
-        return point
-    is_finite = _vectors.are_finite(point.gradients)
-    gradients = [
-        None if g is None else _or_zeros(g, is_finite) for g in point.gradients
-    ]
-    state = [
-        (variable, tf.where(is_finite, value, variable.value))
-        for variable, value in point.state
-    ]
-    return point._replace(gradients=gradients, state=state)
-
-
-def _or_zeros(gradient: Any, condition: tf.Tensor) -> Any:
-    if not isinstance(gradient, tf.IndexedSlices):
-        return _vectors.or_zero(gradient, condition)
-    values = _vectors.or_zero(gradient.values, condition)
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _after(

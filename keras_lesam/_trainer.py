@@ -12,10 +12,13 @@ import tensorflow as tf
 
 from keras_lesam import _checks
 from keras_lesam import _engines
+from keras_lesam import _guard
+from keras_lesam import _inspection
 from keras_lesam import _passes
 from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
+from keras_lesam._commit import Commit
 from keras_lesam._data import Batch
 from keras_lesam._data import count_rows
 from keras_lesam._delegation import DelegatingModel
@@ -30,6 +33,7 @@ from keras_lesam._state import Numbers
 from keras_lesam._state import StepState
 from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
+from keras_lesam.ascents import Ascent
 
 
 class SharpnessAwareTrainer(DelegatingModel):
@@ -81,6 +85,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._passes: _engines.Passes = _engines.StatelessPasses()
         self._output_specs: Any = None  # Known once there was a batch.
         self._train_functions: dict[bool, Any] = {}
+        self._metrics_can_wait = False
         self._built_for_training = False
         self._is_fitting = False
         self._is_evaluating = False
@@ -94,16 +99,28 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._build_for_training(batch)
         if self._is_plain:
             return self._plain_train_step(data)
+        commit = Commit()
         context = self._step_context()
         inputs = self._step_inputs(context)
+
+        def report(step: Step) -> tuple[Any, States, list[Any], Any]:
+            values, logs = commit.note(
+                step.model_state,
+                lambda: self._update_metrics(step),
+                self._metrics_can_wait,
+            )
+            return step.gradients, step.states, values, logs
+
         ascent = self._plan.ascent
-        gradients, states, statistics, logs = _results.report(
-            ascent, ascent.run(context, batch, inputs, self._report)
+        gradients, states, values, logs = _results.report(
+            ascent, ascent.run(context, batch, inputs, report)
         )
-        self._state.assign(states, inputs.states)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
-        self._statistics.update_state(statistics)
-        return _workarounds.reducible({**logs, **self._statistics.result()})
+        # Outside of any branch: replicas may have to meet for it.
+        commit.write(
+            *(self, _guard.in_unison(self.optimizer, gradients), values),
+            lambda: self._state.assign(states, inputs.states),
+        )
+        return _workarounds.reducible(logs)
 
     @property
     def _is_plain(self) -> bool:
@@ -173,18 +190,14 @@ class SharpnessAwareTrainer(DelegatingModel):
             )
         return StepInputs(progress, states, budget)
 
-    def _report(self, step: Step) -> tuple[Any, States, dict[str, Any], Any]:
-        """Commit model state and metrics; return what outlives a branch.
-
-        The states of the step are not committed: replicas may have to meet for
-        that, which they cannot do in a branch.
-        """
-        _passes.commit(step.model_state)
+    def _update_metrics(self, step: Step) -> dict[str, Any]:
+        """Update loss, metrics and statistics; return the logs."""
         x, y, sample_weight = step.batch
         loss = next(m for m in self.metrics if m.name == "loss")
         loss.update_state(step.loss, sample_weight=count_rows(x))
+        self._statistics.update_state(step.statistics)
         logs = self.compute_metrics(x, y, step.outputs, sample_weight)
-        return step.gradients, step.states, step.statistics, logs
+        return {**logs, **self._statistics.result()}
 
     # What waits for a first batch.
 
@@ -193,7 +206,9 @@ class SharpnessAwareTrainer(DelegatingModel):
             return
         if not (self._has_length or self._is_fitting):
             raise ValueError(NO_LENGTH)
-        self._refuse_stateful_parts()
+        _refuse_stateful_parts(
+            self.model, self._plan.ascent, self._num_batch_splits
+        )
         if not tf.executing_eagerly():
             _workarounds.refuse_rematerialized_layers(self.model)
         stock, self._output_specs = _passes.build(self, batch)
@@ -208,26 +223,11 @@ class SharpnessAwareTrainer(DelegatingModel):
         with tf.init_scope():
             self._build_state()
         self._passes = _engines.choose(self, stock, batch)
+        self._metrics_can_wait = stock is not None and not (
+            _inspection.has_nested_metrics(stock)
+        )
         self._plan.estimator.check(self._passes, self, batch)
         self._built_for_training = True
-
-    def _refuse_stateful_parts(self) -> None:
-        """Raise `ValueError` for state that is one of each row of a batch."""
-        if self._num_batch_splits == 1 and self._plan.ascent.sees_all_rows:
-            return
-        stateful = [
-            layer.name
-            for layer in self.model._flatten_layers()
-            if getattr(layer, "stateful", False)
-        ]
-        if stateful:
-            raise ValueError(
-                "A stateful recurrent layer has a state of each row of a "
-                "batch, and cannot see parts of it: leave `num_batch_splits` "
-                f"and `ascent_fraction` at 1. Received: layers {stateful}, "
-                f"num_batch_splits={self._num_batch_splits}, "
-                f"{self._plan.ascent.keywords()}"
-            )
 
     @property
     def _has_length(self) -> bool:
@@ -305,3 +305,23 @@ def _moves(perturb: Callable[[Any], Any], variable: Any) -> bool:
             f"{_checks.short(answer)} for {variable.path!r}"
         )
     return bool(answer)
+
+
+def _refuse_stateful_parts(
+    model: keras.Model, ascent: Ascent, num_batch_splits: int
+) -> None:
+    """Raise `ValueError` for state that is one of each row of a batch."""
+    if num_batch_splits == 1 and ascent.sees_all_rows:
+        return
+    stateful = [
+        layer.name
+        for layer in model._flatten_layers()
+        if getattr(layer, "stateful", False)
+    ]
+    if stateful:
+        raise ValueError(
+            "A stateful recurrent layer has a state of each row of a "
+            "batch, and cannot see parts of it: leave `num_batch_splits` "
+            f"and `ascent_fraction` at 1. Received: layers {stateful}, "
+            f"num_batch_splits={num_batch_splits}, {ascent.keywords()}"
+        )

@@ -53,7 +53,7 @@ __all__ = [
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
 
-# Commits what a step has found, and returns what outlives a branch.
+# Notes what a step has found, and returns what outlives a branch.
 Report = Callable[[Step], Any]
 
 
@@ -147,8 +147,8 @@ class Ascent(Strategy):
             context: What stays the same from step to step.
             batch: The whole batch.
             inputs: State, progress and budget.
-            report: Commits model state and metrics of a `Step`. To be called
-                once at run time.
+            report: Notes model state and metrics of a `Step`, which are
+                written at its end. To be called once at run time.
 
         Returns:
             What `report` returns.

@@ -81,7 +81,8 @@ class CurvatureEstimator(Strategy):
         Args:
             first: The first pass of the step.
             perturbation: Its `radius` is 0 where there was no ascent.
-            rise: Scalar tensor, `L(w + eps) - L(w)` in loss units.
+            rise: Scalar tensor, `L(w + eps) - L(w)` in loss units; of the whole
+                batch where all replicas take one perturbation.
             state: What `update` returned in the step before.
         """
         del first, perturbation, rise
@@ -236,8 +237,6 @@ class Secant(CurvatureEstimator):
         state: dict[str, Any],
     ) -> dict[str, Any]:
         """Return the means with what this step has shown."""
-        if first.context.is_global:
-            rise = _passes.mean_over_replicas(rise)
         means = _known(state["means"])
         slope, rho = perturbation.norm, perturbation.radius
         linear = slope * rho

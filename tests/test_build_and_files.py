@@ -227,6 +227,21 @@ def test_build_by_several_shapes():
     assert len(again.weights) == 4
 
 
+def test_building_again_is_for_the_inner_model():
+    """Which refuses another shape, if it would by itself."""
+    net = keras.Sequential([keras.Input((6,)), LAYERS.Dense(4)])
+    for model in (net, LESAMModel(net)):
+        model.build((None, 6))
+        with pytest.raises(ValueError, match="has already been configured"):
+            model.build((None, 7))
+    for build in (functional, Plain):
+        net = build()
+        net(np.zeros((1, 6)))
+        before = [v.path for v in net.weights]
+        LESAMModel(net).build((None, 6))
+        assert [v.path for v in net.weights] == before
+
+
 def test_what_cannot_be_built_by_shapes_says_so():
     with pytest.raises(ValueError, match=r"by shapes alone; call it on a b.*6"):
         LESAMModel(Failing()).build((None, 6))
@@ -398,6 +413,39 @@ def test_a_state_is_not_lost_in_the_legacy_format(name, tmp_path):
     model.model.save(tmp_path / "net.h5")
     loaded = keras.models.load_model(tmp_path / "net.h5")
     np.testing.assert_array_equal(outputs(loaded), outputs(model))
+
+
+def stack(*units):
+    inputs = x = keras.Input((6,))
+    for index, number in enumerate(units):
+        x = LAYERS.Dense(number, name=f"layer_{index}")(x)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize("units", [(8, 5), (7, 4), (8, 4, 4)])
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+@pytest.mark.filterwarnings("ignore:.*could not be loaded")
+def test_a_file_that_does_not_fit(suffix, units, tmp_path):
+    """The error names what the inner model's own would name."""
+    errors = []
+    for wrap in (lambda net: net, LESAMModel):
+        path = tmp_path / f"model{suffix}"
+        saved = wrap(stack(8, 4))
+        if suffix == ".keras":
+            saved.save(path)
+        else:
+            saved.save_weights(path)
+        keras.utils.clear_session()
+        model = wrap(stack(*units))
+        with pytest.raises(ValueError, match="could not be loaded") as error:
+            model.load_weights(path)
+        # As far as the random numbers in it.
+        errors.append(str(error.value).partition("value=[")[0])
+        before = model.get_weights()
+        model.load_weights(path, skip_mismatch=True)
+        kept = [np.array_equal(*w) for w in zip(before, model.get_weights())]
+        errors.append(kept)
+    assert errors[:2] == errors[2:]
 
 
 def test_files_that_are_not_there():

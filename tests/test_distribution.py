@@ -352,11 +352,12 @@ def collectives(strategy, wrap):
         ({}, 0),
         ({"curvature": "hvp"}, 0),
         ({"curvature": "secant"}, 0),
-        # The gradients of the first pass, all at once.
-        ({"perturbation_scope": "global"}, 1),
-        # And one number.
-        ({"perturbation_scope": "global", "curvature": "hvp"}, 2),
+        # The gradients of the first pass, all at once; and whether to follow
+        # the second, with the rise.
+        ({"perturbation_scope": "global"}, 2),
         ({"perturbation_scope": "global", "curvature": "secant"}, 2),
+        # And one number.
+        ({"perturbation_scope": "global", "curvature": "hvp"}, 3),
     ],
     ids=str,
 )

@@ -286,6 +286,56 @@ def test_writing_goes_where_the_attribute_is():
     assert not hasattr(net, "beta")
 
 
+STATE = {
+    "layer": lambda: LAYERS.Dense(5),
+    "variable": lambda: keras.Variable(1.0, name="extra"),
+    "metric": lambda: keras.metrics.Mean(name="extra"),
+    "seed": lambda: keras.random.SeedGenerator(3),
+    "list": lambda: [LAYERS.Dense(5), LAYERS.Dense(2)],
+    "dict": lambda: {"a": keras.Variable(1.0), "b": 2},
+}
+every_state = pytest.mark.parametrize("make", STATE.values(), ids=STATE)
+
+
+@every_state
+@pytest.mark.parametrize("build", [functional, dense_net])
+@pytest.mark.filterwarnings("ignore:.*Gradients do not exist")
+def test_state_attached_to_a_built_graph(build, make):
+    """The inner model takes it, and it is saved and trained with that."""
+    x, y = classification_data()
+    nets = [build(), build()]
+    nets[0].extra = make()
+    wrapper = constant_lesam(nets[1], 0.0)
+    wrapper.extra = make()
+    assert wrapper.extra is nets[1].extra
+    assert "extra" not in vars(wrapper)
+    assert len(nets[0].weights) == len(nets[1].weights)
+    train(nets[0], x, y)
+    train(wrapper, x, y)
+    assert_same_weights(*nets)
+
+
+@every_state
+def test_state_that_a_built_model_refuses(make):
+    net = annealed()
+    for model in (net, LESAMModel(net)):
+        with pytest.raises(ValueError, match="cannot add new elements of stat"):
+            model.extra = make()
+    LESAMModel(Annealed()).extra = make()
+
+
+@pytest.mark.parametrize("build", [functional, dense_net, annealed])
+@pytest.mark.parametrize("name", ["layers", "input", "output"])
+def test_what_describes_the_model_cannot_be_assigned(name, build):
+    net = build()
+    errors = []
+    for model in (net, LESAMModel(net)):
+        with pytest.raises((AttributeError, ValueError)) as error:
+            setattr(model, name, [LAYERS.Dense(4)])
+        errors.append(repr(error.value))
+    assert errors[0] == errors[1]
+
+
 def test_training_of_the_inner_model_before_is_not_the_wrappers():
     x, y = classification_data()
     net = dense_net()
@@ -459,14 +509,26 @@ def test_masks_that_inputs_carry():
     np.testing.assert_array_equal(masked._keras_mask, inner(tokens)._keras_mask)
 
 
-def test_in_another_model():
+@pytest.mark.parametrize("build", [functional, dense_net, annealed])
+def test_in_another_model(build):
     """Symbolically, as a layer."""
-    net = functional()
+    net = build()
     wrapper = LESAMModel(net)
     inputs = keras.Input((6,))
     outer = keras.Model(inputs, wrapper(inputs))
     x = np.ones((2, 6), "float32")
     np.testing.assert_array_equal(outer(x), net(x))
+    first = keras.Sequential([keras.Input((6,)), wrapper, LAYERS.Flatten()])
+    np.testing.assert_array_equal(first(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_never_called_on_symbols(name):
+    """Says so, as the inner model would."""
+    wrapper = LESAMModel(annealed())
+    with pytest.raises(AttributeError, match="has never been called"):
+        getattr(wrapper, name)
+    getattr(wrapper, name, None)
 
 
 # What training lends.
