@@ -27,6 +27,7 @@ from keras_lesam._records import StepContext
 from keras_lesam._records import StepInputs
 from keras_lesam._rule import Perturbation
 from keras_lesam._vectors import Tensors
+from keras_lesam.budgets import Losses
 
 StepFunction = Callable[[StepContext, Batch, StepInputs], Step]
 
@@ -147,14 +148,7 @@ def memory_step(
     is_kept = _guard.excuse(context, is_usable)
     mean = [None if m is None else _vectors.or_zero(m, is_kept) for m in mean]
     states = {**inputs.states, "ascent": {"mean": mean}}
-    if reference:
-        states["reference"] = reference
-    if losses is not None:
-        states["budget"] = _results.state(
-            context.budget,
-            "update",
-            context.budget.update(losses, states["budget"]),
-        )
+    states |= _told(context, inputs, losses, reference)
     point = _guard.without_gradients_unless(is_usable, point)
     step = Step(
         gradients=point.gradients,
@@ -315,14 +309,7 @@ def finish(
     states = dict(first.inputs.states)
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
-    if first.reference:
-        states["reference"] = first.reference
-    if first.losses is not None:
-        states["budget"] = _results.state(
-            context.budget,
-            "update",
-            context.budget.update(first.losses, states["budget"]),
-        )
+    states |= _told(context, first.inputs, first.losses, first.reference)
     if rise is not None:
         states["curvature"] = _results.state(
             context.estimator,
@@ -340,6 +327,20 @@ def finish(
         statistics=_statistics(perturbation, first.budget, rise),
         states=states,
     )
+
+
+def _told(
+    context: StepContext,
+    inputs: StepInputs,
+    losses: Losses | None,
+    reference: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Return the states that go by the losses of a step."""
+    states = {"reference": reference} if reference else {}
+    if losses is not None:
+        new = context.budget.update(losses, inputs.states["budget"])
+        states["budget"] = _results.state(context.budget, "update", new)
+    return states
 
 
 def _update(
