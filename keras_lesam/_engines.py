@@ -59,6 +59,12 @@ class StatelessPasses:
         del model
         return weights
 
+    def looking_again(
+        self, model: keras.Model, weights: Tensors, point: LossAndGradients
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let losses be computed once more after a pass, and write nothing."""
+        return _passes.looking_again(model, weights, point)
+
     def recover(self) -> None:
         """Put back what a pass that failed has left: nothing."""
 
@@ -119,6 +125,16 @@ class InPlacePasses:
         """Return what gradients of a pass are taken by: the variables."""
         del weights
         return [v.value for v in model.trainable_variables]
+
+    @contextlib.contextmanager
+    def looking_again(
+        self, model: keras.Model, weights: Tensors, point: LossAndGradients
+    ) -> Iterator[None]:
+        """Let losses be computed once more after a pass; put all back."""
+        del point  # The layers have what was given to `add_loss`.
+        with self._weights_guard.restoring(), self._state_guard.restoring():
+            _passes.commit([*zip(model.trainable_variables, weights)])
+            yield
 
     def recover(self) -> None:
         """Put back what a pass that failed has left moved."""
@@ -220,7 +236,7 @@ def choose(
             has_nested_state=False,
             assigned=[],
             closures=[*model.trainable_variables],
-            accessed=[*model.variables],
+            accessed=[*model.variables, *model.metrics_variables],
         )
     else:
         findings = _inspection.inspect(model, stock)

@@ -26,14 +26,16 @@ class AscentArguments(_Model):
 
     def _facade_config(self) -> dict[str, Any]:
         """Return the arguments that both have, serialized."""
-        is_schedule = isinstance(self.budget, budgets.Schedule)
+        has_shares = isinstance(self.budget, budgets.Constant)
+        has_guard = has_shares or isinstance(self.budget, budgets.Schedule)
         config = super().get_config()
         for name in ("rule", "budget", "ascent", "curvature"):
             del config[name]
         return {
             **config,
-            "warmup": None if is_schedule else self.warmup,
-            "anneal": None if is_schedule else self.anneal,
+            "warmup": self.warmup if has_shares else None,
+            "anneal": self.anneal if has_shares else None,
+            "guard": self.guard if has_guard else None,
             "ascent_from": self.ascent_from,
             "ascent_fraction": self.ascent_fraction,
             "ascent_every": self.ascent_every,
@@ -48,6 +50,10 @@ class AscentArguments(_Model):
     def anneal(self) -> float:
         budget = self.budget
         return budget.anneal if isinstance(budget, budgets.Constant) else 0.0
+
+    @property
+    def guard(self) -> float | None:
+        return self.budget.guard
 
     @property
     def ascent_from(self) -> str:

@@ -31,10 +31,12 @@ class StockPass(NamedTuple):
     Attributes:
         graph: A `tf.Graph` that was never run.
         operations: Its operations up to the loss, without the metrics'.
+        outputs: What the model returned.
     """
 
     graph: Any
     operations: list[Any]
+    outputs: Any = None
 
 
 class Findings(NamedTuple):
@@ -75,10 +77,12 @@ def trace_stock_pass(
             inference, without loss and metrics, in which nothing is written.
     """
     operations: list[Any] = []
+    returned: list[Any] = []
 
     # The batch is an argument: of constants a branch would be taken at once.
     def touch(batch: Batch) -> None:
         outputs = model(batch.x, training=training)
+        returned.append(outputs)
         if training:
             compute_loss(model, batch, outputs, training=True)
         graph = tf.compat.v1.get_default_graph()
@@ -91,7 +95,7 @@ def trace_stock_pass(
 
     function = tf.function(touch, autograph=False)
     graph = function.get_concrete_function(batch).graph
-    return StockPass(graph, operations)
+    return StockPass(graph, operations, returned[-1])
 
 
 def inspect(model: keras.Model, stock: StockPass) -> Findings:
@@ -102,7 +106,9 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
         stock: What `trace_stock_pass` returned.
     """
     trainable = [*model.trainable_variables]
-    by_handle = _by_handle(stock, [*model.variables])
+    # A loss of several outputs writes a metric for each.
+    variables = [*model.variables, *model.metrics_variables]
+    by_handle = _by_handle(stock, variables)
     nested = [*_nested_nodes(stock, stock.operations)]
     hidden = [
         variable

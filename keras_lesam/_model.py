@@ -10,6 +10,8 @@ from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
+from keras_lesam._plan import DEFAULT_BUDGET
+from keras_lesam._plan import loss_budget
 from keras_lesam._wrapper import SharpnessAwareModel
 
 DEFAULT_RHO_MAX = 1.0
@@ -67,17 +69,25 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             a `train_step` of its own is refused.
         sigma: Float >= 0, the loss budget in loss units, or a
             `keras.optimizers.schedules.LearningRateSchedule` from
-            `optimizer.iterations` to the budget. May be assigned to later:
-            `model.sigma = 0.2` does not retrace.
+            `optimizer.iterations` to the budget; or one of
+            `keras_lesam.budgets`, such as `budgets.Relative(0.3)`, which has
+            neither a unit nor a schedule. 0.1 by default. A number may be
+            assigned to later: `model.sigma = 0.2` does not retrace.
         rho_max: Float > 0, the largest `rho` (weight-space distance), or
             `None` for no cap. A small one turns LE-SAM into SAM. May be
             assigned to later.
         warmup: Float in [0, 1], the share of the training over which the
             budget rises linearly from 0. Defaults to 0.1, or to 0 if `sigma`
-            is a schedule, which says it all.
+            is a schedule or a budget, which say it all.
         anneal: Float in [0, 1], the share of the training over which the
             budget falls to 0 on a cosine, at its end. Defaults to 0.2, or to
-            0 if `sigma` is a schedule. Together with `warmup` at most 1.
+            0 if `sigma` is a schedule or a budget. Together with `warmup` at
+            most 1.
+        guard: Float > 0, or `None` for none. The budget of a step is at most
+            this share of what the model has learnt: the loss of a prediction
+            that ignores the input, less that of the batch. Nets without
+            normalization, which a large budget kills early in a training,
+            live with 0.5. See `budgets.Relative`, which needs none.
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
@@ -144,11 +154,12 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     def __init__(
         self,
         model: keras.Model,
-        sigma: Any = rules.DEFAULT_SIGMA,
+        sigma: Any = DEFAULT_BUDGET,
         rho_max: float | None = DEFAULT_RHO_MAX,
         *,
         warmup: float | None = None,
         anneal: float | None = None,
+        guard: float | None = None,
         total_steps: int | None = None,
         curvature: str = "none",
         hvp_method: str = "auto",
@@ -162,11 +173,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         perturb: Callable[[Any], bool] | None = None,
         name: str | None = None,
     ) -> None:
-        defaults = (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL)
         super().__init__(
             model,
             rules.LossEquated(rho_max, adaptive, alpha),
-            budgets.from_number("sigma", sigma, warmup, anneal, defaults),
+            loss_budget(sigma, warmup, anneal, guard),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             estimators.from_argument(curvature, hvp_method),
             total_steps=total_steps,
@@ -192,7 +202,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
 
     @property
     def sigma(self) -> Any:
-        return budgets.amount_of(self.budget)
+        amount = budgets.amount_of(self.budget)
+        return self.budget if amount is None else amount
 
     @sigma.setter
     def sigma(self, value: float) -> None:

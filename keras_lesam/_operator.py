@@ -223,7 +223,7 @@ def prepare(model: Any, batch: Batch) -> Passes:
         )
     _check_inputs(model, batch.x)
     try:
-        stock = _passes.build(model, batch)
+        stock, _ = _passes.build(model, batch)
     except Exception as error:
         # Without targets some losses do: there is nothing to ask them.
         if batch.y is None and getattr(model, "loss", None) is not None:

@@ -8,8 +8,10 @@ returned. The caller commits the state of the first pass, once a step; every
 pass of a step starts from the same state and draws the same random numbers.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -38,6 +40,8 @@ class LossAndGradients(NamedTuple):
             the weights: gradients of `gradient_scale(optimizer)` times `loss`.
         state: List of `(variable, tensor)`, what a stateful pass would have
             written.
+        added_losses: What layers gave to `add_loss` in a pass that writes
+            nothing; of one in place the layers have it themselves.
     """
 
     loss: tf.Tensor
@@ -45,6 +49,7 @@ class LossAndGradients(NamedTuple):
     outputs: Any
     gradients: Tensors
     state: list[tuple[Any, Any]]
+    added_losses: Sequence[Any] = ()
 
 
 def compute_loss_and_gradients(
@@ -60,7 +65,7 @@ def compute_loss_and_gradients(
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
-        scaled_loss, loss, outputs, updates = forward(
+        scaled_loss, loss, outputs, updates, added_losses = forward(
             model, weights, batch, state
         )
     return LossAndGradients(
@@ -69,6 +74,7 @@ def compute_loss_and_gradients(
         outputs=outputs,
         gradients=tape.gradient(scaled_loss, weights),
         state=updates,
+        added_losses=added_losses,
     )
 
 
@@ -78,14 +84,15 @@ def forward(
     batch: Batch,
     state: ModelState = (),
     training: bool = True,
-) -> tuple[tf.Tensor, tf.Tensor, Any, list[tuple[Any, Any]]]:
+) -> tuple[tf.Tensor, tf.Tensor, Any, list[tuple[Any, Any]], list[Any]]:
     """Make the forward pass alone; see `compute_loss_and_gradients`.
 
     Returns:
-        `(scaled_loss, loss, outputs, state)`: what to differentiate, which is
-        `gradient_scale(optimizer)` times the loss; the logged loss, outputs
-        and state as in `LossAndGradients`. Losses without a reduction are
-        tensors of one number a row, whose sum is the loss, as in plain Keras.
+        `(scaled_loss, loss, outputs, state, added_losses)`: what to
+        differentiate, which is `gradient_scale(optimizer)` times the loss;
+        the others as in `LossAndGradients`, with the logged loss. Losses
+        without a reduction are tensors of one number a row, whose sum is the
+        loss, as in plain Keras.
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
     with RecordingScope(mapping) as scope:
@@ -94,7 +101,20 @@ def forward(
     scaled_loss = loss
     if model.optimizer is not None:
         scaled_loss = model.optimizer.scale_loss(loss)
-    return scaled_loss, loss * replicas(loss.dtype), outputs, scope.updates
+    loss *= replicas(loss.dtype)
+    return scaled_loss, loss, outputs, scope.updates, scope.losses
+
+
+@contextlib.contextmanager
+def looking_again(
+    model: keras.Model, weights: Tensors, point: LossAndGradients
+) -> Iterator[None]:
+    """Let losses be computed once more after a pass, and write nothing."""
+    mapping = [*zip(model.trainable_variables, weights)]
+    with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        # What was given to `add_loss` in the pass is part of the loss.
+        scope.losses.extend(point.added_losses)
+        yield
 
 
 def compute_loss(
@@ -114,18 +134,21 @@ def compute_loss(
     )
 
 
-def build(model: keras.Model, batch: Batch) -> StockPass | None:
+def build(
+    model: keras.Model, batch: Batch
+) -> tuple[StockPass | None, tuple[Any, ...]]:
     """Create the variables that wait for a first batch; change no others.
 
     Those of layers, losses, metrics and the optimizer.
 
     Returns:
-        The stock pass that was traced for it, and never run; `None` for a
-        model that only runs eagerly. With several replicas it is one of
-        inference: they cannot meet in a trace, to synchronize a layer or to
-        write state.
+        The stock pass that was traced for it, and never run, `None` for a
+        model that only runs eagerly; and `tf.TensorSpec` of the model's
+        outputs, flattened, `None` for what is no tensor. With several replicas
+        the pass is one of inference: they cannot meet in a trace, to
+        synchronize a layer or to write state.
     """
-    stock = None
+    stock = outputs = None
     if replicas() > 1:
         stock = trace_stock_pass(model, batch, compute_loss, training=False)
         trace = tf.function(lambda: _touch(model, batch), autograph=False)
@@ -135,17 +158,27 @@ def build(model: keras.Model, batch: Batch) -> StockPass | None:
             stock = trace_stock_pass(model, batch, compute_loss)
         except Exception:
             # It may need values; if it is wrong, this says so.
-            _touch(model, batch)
+            outputs = _touch(model, batch)
     else:
         stock = trace_stock_pass(model, batch, compute_loss)
     if model.optimizer is not None and not model.optimizer.built:
         with tf.init_scope():
             model.optimizer.build(model.trainable_variables)
-    return stock
+    return stock, _specs(outputs if stock is None else stock.outputs)
 
 
-def _touch(model: keras.Model, batch: Batch) -> None:
-    """Call all that has variables; nothing is written."""
+def _specs(nest: Any) -> tuple[Any, ...]:
+    """Return shapes and dtypes of the tensors of a nest, `None` for others."""
+    return tuple(
+        tf.TensorSpec(leaf.shape, leaf.dtype)
+        if isinstance(leaf, tf.Tensor)
+        else None
+        for leaf in keras.tree.flatten(nest)
+    )
+
+
+def _touch(model: keras.Model, batch: Batch) -> Any:
+    """Call all that has variables, and return outputs; nothing is written."""
     x, y, sample_weight = batch
     with keras.StatelessScope():
         model(x, training=False)
@@ -157,6 +190,7 @@ def _touch(model: keras.Model, batch: Batch) -> None:
         outputs = model(x, training=training)
         compute_loss(model, batch, outputs, training=True)
         model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+    return outputs
 
 
 def read(variables: Sequence[Any]) -> Tensors:

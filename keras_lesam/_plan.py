@@ -8,12 +8,16 @@ from typing import Any
 import keras
 
 from keras_lesam import _checks
+from keras_lesam import _reference
 from keras_lesam import _results
 from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._strategy import Strategy
+
+# That of `LESAMModel` without arguments.
+DEFAULT_BUDGET = rules.LossEquated().default_budget()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +42,28 @@ class TrainingPlan:
             for name, value in _floats_of(getattr(self, owner)):
                 _checks.representable(name, value, dtype, owner)
 
-    def init_state(self, weights: rules.Weights, dtype: str) -> Any:
-        """Return the states before the first step, by component."""
+    def init_state(
+        self, weights: rules.Weights, outputs: Any, dtype: str
+    ) -> Any:
+        """Return the states before the first step, by component.
+
+        Args:
+            weights: The weights of the model.
+            outputs: A `tf.TensorSpec` of each output; `None`: not known yet.
+            dtype: Of all scalars.
+        """
+        is_remembered = not self.ascent.makes_plain_pass and (
+            self.budget.needs_reference or self.budget.takes_earlier_losses
+        )
+        reference = _reference.init_state(
+            self.budget, is_remembered, outputs, dtype
+        )
         made = {
             "budget": (self.budget, self.budget.init_state()),
             "curvature": (self.estimator, self.estimator.init_state(dtype)),
             "ascent": (self.ascent, self.ascent.init_state(weights)),
             "rule": (self.rule, self.rule.init_state(weights)),
+            "reference": (self.budget, reference),
         }
         return {
             component: _results.state(owner, "init_state", value)
@@ -85,6 +104,13 @@ class TrainingPlan:
                 "`curvature` at 'none', or use rules.LossEquated. Received: "
                 f"curvature={self.estimator!r}, rule={self.rule!r}"
             )
+        if self.budget.is_in_loss_units and isinstance(self.rule, rules.SAM):
+            raise ValueError(
+                "This budget is a rise of the loss, and that of this rule a "
+                "radius: use rules.LossEquated, or limit the rise by "
+                "budgets.Constant(guard=0.5). Received: "
+                f"budget={self.budget!r}, rule={self.rule!r}"
+            )
         own = getattr(self.rule, "rho", None)
         amount = budgets.amount_of(self.budget)
         if own is not None and not _are_equal(own, amount):
@@ -94,6 +120,30 @@ class TrainingPlan:
                 f"give both the same. Received: rule={self.rule!r}, "
                 f"budget={self.budget!r}"
             )
+
+
+def loss_budget(
+    sigma: Any,
+    warmup: float | None,
+    anneal: float | None,
+    guard: float | None,
+) -> budgets.Budget:
+    """Make the budget of the keyword arguments of `LESAMModel`.
+
+    With any of them it is the paper's, if `sigma` does not say it all.
+    """
+    if sigma is DEFAULT_BUDGET:
+        if all(given is None for given in (warmup, anneal, guard)):
+            return DEFAULT_BUDGET
+        sigma = rules.DEFAULT_SIGMA
+    return budgets.from_number(
+        "sigma",
+        sigma,
+        warmup,
+        anneal,
+        (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL),
+        guard,
+    )
 
 
 def _floats_of(strategy: Strategy) -> Iterator[tuple[str, float]]:

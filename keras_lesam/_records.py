@@ -71,7 +71,7 @@ class StepInputs(NamedTuple):
     Attributes:
         progress: A `budgets.Progress`.
         states: The state of each component: "rule", "budget", "ascent",
-            "curvature".
+            "curvature", "reference".
         budget: Scalar tensor, what the budget allows; `None` if it goes by the
             losses of the step.
         gate: Bool scalar tensor, whether the ascent is made in this step;
@@ -117,6 +117,10 @@ class FirstPass(NamedTuple):
             take one perturbation.
         losses: The `budgets.Losses` of the step; `None` if the budget does
             not go by them.
+        reference: The state of what `losses` are measured by, for the next
+            step.
+        limit: Scalar tensor, the most that the loss may rise to first order,
+            or `None`.
         allowed: Scalar tensor, what the budget allows.
         budget: Scalar tensor, what this step may spend of it: 0 in a step
             without an ascent.
@@ -133,6 +137,8 @@ class FirstPass(NamedTuple):
     scaled: Tensors
     gradients: Tensors
     losses: Losses | None
+    reference: dict[str, Any]
+    limit: tf.Tensor | None
     allowed: tf.Tensor
     budget: tf.Tensor
     tape: Any

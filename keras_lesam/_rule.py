@@ -205,6 +205,39 @@ class Rule(Strategy):
         del plain
         return perturbed, state
 
+    def limit(
+        self,
+        perturbation: Perturbation,
+        gradients: Tensors | None,
+        limit: tf.Tensor | None,
+    ) -> Perturbation:
+        """Return a perturbation along which the loss rises no further.
+
+        To first order: it is made shorter, in the same direction.
+
+        Args:
+            perturbation: What `perturb` returned.
+            gradients: Those it was given; `None` where they are not those at
+                the weights, and the ascent norm has to do.
+            limit: Scalar tensor in loss units; `None` for no limit. A budget
+                that is a rise is within it already.
+        """
+        if limit is None or self.budget_is_rise:
+            return perturbation
+        rise = perturbation.norm * perturbation.radius
+        if gradients is not None and type(self).perturb is not Rule.perturb:
+            # Not along these gradients.
+            rise = _vectors.dot(gradients, perturbation.eps, limit.dtype)
+        is_over = rise > limit
+        factor = tf.where(is_over, limit / _vectors.or_one(rise, is_over), 1)
+        return perturbation._replace(
+            eps=[
+                None if e is None else _vectors.times(factor, e)
+                for e in perturbation.eps
+            ],
+            radius=factor * perturbation.radius,
+        )
+
     def default_budget(self) -> Budget:
         """Return the budget of a model that was given none.
 
@@ -228,6 +261,11 @@ class Rule(Strategy):
         every rule that defines `update`, if it doesn't say otherwise.
         """
         return type(self).update is not Rule.update
+
+    @property
+    def budget_is_rise(self) -> bool:
+        """Whether the budget is a rise of the loss; if not, it is a radius."""
+        return False
 
     @property
     def uses_curvature(self) -> bool:

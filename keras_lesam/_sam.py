@@ -46,6 +46,9 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         anneal: Float in [0, 1], the share of the training over which `rho`
             falls to 0 on a cosine, at its end. Together with `warmup` at most
             1. Where `rho` is a schedule, leave both alone.
+        guard: Float > 0, or `None` for none. The perturbation is made shorter
+            where it would raise the loss, to first order, by more than this
+            share of what the model has learnt; see `LESAMModel`.
         total_steps: As in `LESAMModel`; so are the arguments below.
         num_batch_splits: Integer > 0, m-sharpness.
         ascent_from: `"batch"`, `"previous"` or `"momentum"`. For `SAM`, `ASAM`
@@ -80,6 +83,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         rho: Any = None,
         warmup: float | None = None,
         anneal: float | None = None,
+        guard: float | None = None,
         total_steps: int | None = None,
         num_batch_splits: int = 1,
         ascent_from: str = "batch",
@@ -93,7 +97,9 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         super().__init__(
             model,
             rule,
-            budgets.from_number("rho", rule.rho, warmup, anneal, (0.0, 0.0)),
+            budgets.from_number(
+                "rho", rule.rho, warmup, anneal, (0.0, 0.0), guard
+            ),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             total_steps=total_steps,
             num_batch_splits=num_batch_splits,

@@ -1,21 +1,23 @@
 """The only owner of variables that a step leaves for the next.
 
 `StepState` owns what is learnt and therefore saved: the states of rule, budget,
-ascent and curvature estimator. `Numbers` owns what users assign between steps:
-hyperparameters, which are saved with the model's config.
+ascent and curvature estimator, and what losses are compared with. `Numbers`
+owns what users assign between steps: hyperparameters, which are saved with the
+model's config.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_lesam._records import States
 from keras_lesam._strategy import Strategy
 
 # Components, in the order in which their states are made.
-COMPONENTS = ("budget", "curvature", "ascent", "rule")
+COMPONENTS = ("budget", "curvature", "ascent", "rule", "reference")
 
 
 class StepState:
@@ -31,6 +33,8 @@ class StepState:
     def __init__(self, add_variable: Callable[[Any, str], Any]) -> None:
         self._add_variable = add_variable
         self._variables: dict[str, Any] = {}
+        # Read from a file before the first batch said what there is.
+        self._waiting: dict[str, Any] = {}
         # The names, in the structure of the states; `None` where there is none.
         self._names: States = {}
 
@@ -52,7 +56,10 @@ class StepState:
             if value is None:
                 return None
             if name not in self._variables:
-                self._variables[name] = self._add_variable(value, name)
+                variable = self._add_variable(value, name)
+                self._variables[name] = variable
+                if name in self._waiting:
+                    _assign_checked(name, variable, self._waiting.pop(name))
             return name
 
         self._names = _map_names(make, initial, positions)
@@ -108,6 +115,8 @@ class StepState:
         """Write all values into a Keras store, by name."""
         for name, variable in self._variables.items():
             store[name] = keras.ops.convert_to_numpy(variable)
+        for name, value in self._waiting.items():
+            store[name] = value
 
     def load(self, store: Any) -> None:
         """Read what a store has of this state; the rest stays as it is.
@@ -125,15 +134,13 @@ class StepState:
             pairs = list(zip(map(str, range(len(names))), self._variables))
         else:
             pairs = [(name, name) for name in self._variables if name in names]
+            self._waiting = {
+                name: np.asarray(store[name])
+                for name in names - set(self._variables)
+                if name.startswith("reference.")
+            }
         for key, name in pairs:
-            value, variable = store[key], self._variables[name]
-            if tuple(value.shape) != tuple(variable.shape):
-                raise ValueError(
-                    f"The state {name!r} in the file is that of another model. "
-                    f"Received: shape {tuple(value.shape)}, for a variable of "
-                    f"shape {tuple(variable.shape)}"
-                )
-            variable.assign(value)
+            _assign_checked(name, self._variables[name], store[key])
 
 
 class Numbers:
@@ -190,6 +197,16 @@ def scalar_dtype(model: keras.Model) -> str:
     return "float64" if wide else "float32"
 
 
+def _assign_checked(name: str, variable: Any, value: Any) -> None:
+    if tuple(value.shape) != tuple(variable.shape):
+        raise ValueError(
+            f"The state {name!r} in the file is that of another model. "
+            f"Received: shape {tuple(value.shape)}, for a variable of "
+            f"shape {tuple(variable.shape)}"
+        )
+    variable.assign(value)
+
+
 def _map_names(
     function: Callable[[str, Any], Any], states: States, positions: list[int]
 ) -> States:
@@ -211,7 +228,7 @@ def _map_names(
     return {
         component: {
             key: mapped(f"{component}.{key}", value)
-            for key, value in states[component].items()
+            for key, value in states.get(component, {}).items()
         }
         for component in COMPONENTS
     }

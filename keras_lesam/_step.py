@@ -10,10 +10,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lesam import _allowance
 from keras_lesam import _data
 from keras_lesam import _guard
 from keras_lesam import _host_random
 from keras_lesam import _passes
+from keras_lesam import _reference
 from keras_lesam import _results
 from keras_lesam import _vectors
 from keras_lesam import estimators
@@ -125,20 +127,28 @@ def memory_step(
     model = context.model
     weights = _passes.read(model.trainable_variables)
     means = inputs.states["ascent"]["mean"]
-    if inputs.budget is None:
-        raise ValueError("The budget needs a pass at the weights.")
-    budget = inputs.spendable(inputs.budget)
-    found = context.rule.perturb(means, weights, budget, inputs.states["rule"])
-    perturbation = _checked(context, found, weights)
-    point = context.passes.there(
-        model, _moved(weights, perturbation), batch, inputs.model_state
+    losses = _reference.remembered(inputs)
+    limit = _allowance.limit(context, losses)
+    budget = inputs.spendable(
+        _allowance.allowed(context, inputs, losses, limit)
     )
+    found = context.rule.perturb(means, weights, budget, inputs.states["rule"])
+    perturbation = context.rule.limit(
+        _checked(context, found, weights), None, limit
+    )
+    weights = _moved(weights, perturbation)
+    point = context.passes.there(model, weights, batch, inputs.model_state)
     gradients = [*context.gradients(point.gradients, perturbation.radius)]
     mean = _vectors.running_mean(means, gradients, decay)
+    losses, reference = _reference.measure(
+        context, inputs, batch, weights, point
+    )
     is_usable = _guard.agree(context, _vectors.are_finite(point.gradients))
     # From the weights themselves next time, and not from there again.
     is_kept = _guard.excuse(context, is_usable)
     mean = [None if m is None else _vectors.or_zero(m, is_kept) for m in mean]
+    states = {**inputs.states, "ascent": {"mean": mean}}
+    states |= _told(context, inputs, losses, reference)
     point = _guard.without_gradients_unless(is_usable, point)
     step = Step(
         gradients=point.gradients,
@@ -147,7 +157,7 @@ def memory_step(
         outputs=point.outputs,
         model_state=point.state,
         statistics=_statistics(perturbation, budget, None),
-        states={**inputs.states, "ascent": {"mean": mean}},
+        states=states,
     )
     return _guard.tell_loss_scale(context, step, ~is_usable)
 
@@ -200,8 +210,11 @@ def first_pass(
                 )
             ]
         )
-    losses = _losses(context, inputs, point)
-    allowed = _allowed(context, inputs, losses)
+    losses, reference = _reference.measure(
+        context, inputs, batch, weights, point
+    )
+    limit = _allowance.limit(context, losses)
+    allowed = _allowance.allowed(context, inputs, losses, limit)
     return FirstPass(
         context=context,
         inputs=inputs,
@@ -212,6 +225,8 @@ def first_pass(
         scaled=scaled,
         gradients=context.scales().unscale(scaled),
         losses=losses,
+        reference=reference,
+        limit=limit,
         allowed=allowed,
         budget=inputs.spendable(allowed),
         tape=tape,
@@ -234,7 +249,8 @@ def perturb(first: FirstPass) -> Perturbation:
         states["rule"],
         curvature,
     )
-    return _checked(context, perturbation, first.weights)
+    perturbation = _checked(context, perturbation, first.weights)
+    return context.rule.limit(perturbation, first.gradients, first.limit)
 
 
 def _checked(
@@ -293,12 +309,7 @@ def finish(
     states = dict(first.inputs.states)
     context = first.context
     gradients, states["rule"] = _update(first, perturbation, gradients)
-    if first.losses is not None:
-        states["budget"] = _results.state(
-            context.budget,
-            "update",
-            context.budget.update(first.losses, states["budget"]),
-        )
+    states |= _told(context, first.inputs, first.losses, first.reference)
     if rise is not None:
         states["curvature"] = _results.state(
             context.estimator,
@@ -318,31 +329,18 @@ def finish(
     )
 
 
-def _losses(
-    context: StepContext, inputs: StepInputs, point: LossAndGradients
-) -> Losses | None:
-    """Return what the budget is told; `None` for one that goes by time."""
-    if inputs.budget is not None and not context.budget.learns:
-        return None
-    loss = tf.cast(point.loss, context.dtype)
-    if context.is_global:
-        loss = _passes.mean_over_replicas(loss)
-    return Losses(plain=loss)
-
-
-def _allowed(
-    context: StepContext, inputs: StepInputs, losses: Losses | None
-) -> tf.Tensor:
-    """Return the budget; ask once more if it goes by the losses."""
-    if inputs.budget is not None:
-        return inputs.budget
-    budget = context.budget(inputs.progress, losses, inputs.states["budget"])
-    if budget is None:
-        raise ValueError(
-            f"{context.budget!r} must return a scalar tensor when it is given "
-            "the losses of the step. Received: None"
-        )
-    return _results.scalar(context.budget, "__call__", budget, context.dtype)
+def _told(
+    context: StepContext,
+    inputs: StepInputs,
+    losses: Losses | None,
+    reference: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Return the states that go by the losses of a step."""
+    states = {"reference": reference} if reference else {}
+    if losses is not None:
+        new = context.budget.update(losses, inputs.states["budget"])
+        states["budget"] = _results.state(context.budget, "update", new)
+    return states
 
 
 def _update(

@@ -28,6 +28,8 @@ class Strategy:
 
     _arguments: dict[str, Any]
     _is_frozen = False
+    # Arguments that `repr` leaves out while they are `None`.
+    _options: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         pass
@@ -99,7 +101,11 @@ class Strategy:
         )
 
     def __repr__(self) -> str:
-        arguments = [f"{k}={v!r}" for k, v in self._arguments.items()]
+        arguments = [
+            f"{k}={v!r}"
+            for k, v in self._arguments.items()
+            if not (v is None and k in self._options)
+        ]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 

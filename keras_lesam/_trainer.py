@@ -83,6 +83,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         self._state = StepState(self._add_state_variable)
         self._passes: _engines.Passes = _engines.StatelessPasses()
+        self._output_specs: Any = None  # Known once there was a batch.
         self._train_functions: dict[bool, Any] = {}
         self._metrics_can_wait = False
         self._built_for_training = False
@@ -210,7 +211,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         if not tf.executing_eagerly():
             _workarounds.refuse_rematerialized_layers(self.model)
-        stock = _passes.build(self, batch)
+        stock, self._output_specs = _passes.build(self, batch)
         if not self.trainable_variables:
             return
         if not any(self._perturb_mask()):
@@ -244,7 +245,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         variables = self.trainable_variables
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
-            initial = self._plan.init_state(weights, self._scalar_dtype)
+            initial = self._plan.init_state(
+                weights, self._output_specs, self._scalar_dtype
+            )
             with _workarounds.unlocked(self):
                 self._state.build(
                     initial, [positions[id(v)] for v in variables]

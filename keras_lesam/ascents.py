@@ -319,7 +319,7 @@ class _Memory(Ascent):
                 f"curvature='none'. {given}, "
                 f"curvature={_checks.short(estimator)}"
             )
-        if _goes_by_losses(budget):
+        if _goes_by_losses(budget) and not budget.takes_earlier_losses:
             raise ValueError(
                 "With `ascent_from` 'previous' or 'momentum' there is no pass "
                 "at the weights, and no loss for the budget to go by: use "

@@ -14,6 +14,7 @@ radius (weight-space distance).
 |------------|--------------------------------------------------------------|
 | `Constant` | a number, with a warm-up and annealing as shares of training |
 | `Schedule` | a `LearningRateSchedule` of the step                         |
+| `Relative` | a share of the loss, as far as the model has learnt (LE-SAM) |
 
 A budget of your own is a subclass of `Budget` with a `__call__`.
 """
@@ -28,7 +29,7 @@ import tensorflow as tf
 from keras_lesam import _checks
 from keras_lesam._strategy import Strategy
 
-__all__ = ["Budget", "Constant", "Losses", "Progress", "Schedule"]
+__all__ = ["Budget", "Constant", "Losses", "Progress", "Relative", "Schedule"]
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
 
@@ -53,10 +54,37 @@ class Losses(NamedTuple):
     Attributes:
         plain: Scalar tensor, the loss at the weights in loss units: of the rows
             of the first pass, over all replicas where those take one
-            perturbation.
+            perturbation. Of a step that makes no pass there (`ascent_from`
+            "previous" or "momentum") it is that of the step before, at its
+            `w + eps`, and 0 in the first step, for a budget whose
+            `takes_earlier_losses` is True.
+        data: Scalar tensor, the part of it that goes by the outputs of the
+            model, without regularizers and `add_loss`. That is all of it for a
+            model with a `compute_loss` of its own, and where nothing goes by
+            the outputs. `None` if the budget doesn't ask: see
+            `Budget.needs_reference`.
+        reference: Scalar tensor, what `data` would be of a prediction that
+            ignores the input; `None` if the budget doesn't ask.
     """
 
     plain: tf.Tensor
+    data: tf.Tensor | None = None
+    reference: tf.Tensor | None = None
+
+    @property
+    def gain(self) -> tf.Tensor:
+        """What has been learnt: `max(reference - data, 0)`, a scalar tensor.
+
+        0 where either is not finite.
+        """
+        if self.data is None or self.reference is None:
+            raise ValueError(
+                "What has been learnt is known to budgets whose "
+                f"`needs_reference` is True. Received: {self!r}"
+            )
+        gain = self.reference - self.data
+        is_gain = tf.math.is_finite(gain) & (gain > 0)
+        return tf.where(is_gain, gain, tf.zeros_like(gain))
 
 
 class Budget(Strategy):
@@ -81,7 +109,18 @@ class Budget(Strategy):
     >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
     >>> history.history["sigma"]
     [0.0]
+
+    Attributes:
+        guard: Float or `None`. No step may raise the loss, to first order, by
+            more than this share of what the model has learnt, `Losses.gain`,
+            whatever the budget. `None`: no such limit.
+        reference_loss: Float or `None`. `Losses.reference` as a number; `None`:
+            it is measured.
     """
+
+    guard: float | None = None
+    reference_loss: float | None = None
+    _options = ("guard", "reference_loss")
 
     def init_state(self) -> dict[str, Any]:
         """Return the state before the first step, a dict of tensors."""
@@ -121,6 +160,25 @@ class Budget(Strategy):
         return type(self).update is not Budget.update
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether it asks for `Losses.data` and `Losses.reference`."""
+        return self.guard is not None
+
+    @property
+    def takes_earlier_losses(self) -> bool:
+        """Whether the losses of the step before will do.
+
+        If not, a budget that goes by the losses is refused where a step makes
+        no pass at the weights.
+        """
+        return False
+
+    @property
+    def is_in_loss_units(self) -> bool:
+        """Whether it can only be a rise of the loss, and no radius."""
+        return False
+
+    @property
     def needs_length(self) -> bool:
         """Whether it goes by `Progress.fraction`.
 
@@ -156,6 +214,10 @@ class Constant(Budget):
             the rule's own, which is its `rho`, or 0.1 for LE-SAM.
         warmup: Float in [0, 1], a share of the whole training.
         anneal: Float in [0, 1]. Together with `warmup` at most 1.
+        guard: Float > 0 or `None`. The most that a step may raise the loss to
+            first order, as a share of what the model has learnt (see
+            `Relative`): LE-SAM's budget is at most `guard * (L0 - L)`, and
+            SAM's perturbation is made shorter where its slope is steep.
 
     Raises:
         TypeError: if an argument is no number.
@@ -167,7 +229,9 @@ class Constant(Budget):
         sigma: float | None = None,
         warmup: float = 0.0,
         anneal: float = 0.0,
+        guard: float | None = None,
     ) -> None:
+        self.guard = _check_guard(guard)
         if sigma is not None:
             sigma = _checks.number("sigma", sigma, 0)
         self.sigma = sigma
@@ -223,12 +287,14 @@ class Schedule(Budget):
     Args:
         schedule: A `keras.optimizers.schedules.LearningRateSchedule`. What is
             below 0 counts as 0.
+        guard: Float > 0 or `None`; see `Constant`.
 
     Raises:
         TypeError: if it is no schedule.
     """
 
-    def __init__(self, schedule: Any) -> None:
+    def __init__(self, schedule: Any, guard: float | None = None) -> None:
+        self.guard = _check_guard(guard)
         if not _checks.is_schedule(schedule):
             raise TypeError(
                 "`schedule` must be a keras.optimizers.schedules."
@@ -251,22 +317,143 @@ class Schedule(Budget):
         return tf.maximum(budget, 0)
 
 
+@_register
+class Relative(Budget):
+    """A share of the loss, as far as the model has learnt: no unit, no clock.
+
+    ```
+    L     the loss of the batch, without regularizers and `add_loss`
+    L0    that of a prediction that ignores the input: the mean of the outputs
+          over the rows of the batch, in the place of the outputs; or a
+          thousandth of it, where the loss of that is less
+    gain  = max(L0 - L, 0), what the model has learnt
+    sigma = share L gain / L0
+    ```
+
+    It is 0 on the plateau where all trainings begin (and nets die that climb
+    too far there), largest half-way, and goes to 0 with the loss, so that no
+    schedule is needed, nor how long the training will be. The loss in other
+    units, as of targets in other units, leaves the perturbation what it is.
+    Where there is no gain a step has one pass. For LE-SAM only.
+
+    L0 costs no pass, only the loss of two other outputs, as follows. The second
+    of them tells no class from another where the outputs are logits: their mean
+    may be far from 0, and a bad guess, when a net starts from a large loss.
+
+    - The mean is over rows alone: each position of a sequence or picture, and
+      each of several outputs, has its own. Rows and positions count by their
+      sample weights and masks. Ragged outputs: over all positions.
+    - In a batch (or part of one, or of a replica) of fewer than 8 rows an
+      output has too much of a say in the mean. It is mixed with a running mean
+      over rows and positions of the steps before, a state of one number a
+      channel; of one row nothing else is left.
+    - A loss that doesn't go by the outputs (`add_loss` alone, a `compute_loss`
+      that looks at something else) has no L0. In its place is the mean loss of
+      the first 10 steps, with no budget in these, and a warning says so; or
+      `reference_loss`. A fine-tuned model needs the latter.
+    - A loss below 0 has no 0 to go to: there, `sigma = share gain`.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lesam import LESAMModel, budgets
+    >>> net = keras.Sequential([keras.layers.Dense(1)])
+    >>> model = LESAMModel(net, budgets.Relative(0.3))
+    >>> model.compile("adam", "mse")
+    >>> x = np.random.rand(64, 4)
+    >>> history = model.fit(x, x.sum(axis=1), epochs=2, verbose=0)
+
+    Args:
+        share: Float >= 0. Up to 1, which is a lot.
+        reference_loss: Float > 0, L0 as a number in loss units, such as
+            `log(classes)`; `None`: it is measured.
+
+    Raises:
+        TypeError: if an argument is no number.
+        ValueError: if one is out of range.
+    """
+
+    def __init__(
+        self, share: float = 0.3, reference_loss: float | None = None
+    ) -> None:
+        self.share = _checks.number("share", share, 0)
+        if reference_loss is not None:
+            reference_loss = _checks.number(
+                "reference_loss", reference_loss, 0, above=True
+            )
+        self.reference_loss = reference_loss
+
+    def numbers(self) -> dict[str, float]:
+        return {"share": self.share}
+
+    def __call__(
+        self, progress: Progress, losses: Losses | None, state: dict[str, Any]
+    ) -> tf.Tensor | None:
+        """Return the budget of a step, once its losses are known."""
+        del state
+        if losses is None:
+            return None
+        gain = losses.gain
+        data, reference = losses.data, losses.reference
+        assert data is not None
+        assert reference is not None
+        has_floor = (gain > 0) & (data >= 0)
+        one = tf.ones_like(gain)
+        remains = tf.where(has_floor, data, one) / tf.where(
+            has_floor, reference, one
+        )
+        return tf.cast(self.share, progress.fraction.dtype) * gain * remains
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def takes_earlier_losses(self) -> bool:
+        return True
+
+    @property
+    def is_in_loss_units(self) -> bool:
+        return True
+
+    @property
+    def is_zero(self) -> bool:
+        return self.share == 0
+
+
+def _check_guard(guard: Any) -> float | None:
+    if guard is None:
+        return None
+    return _checks.number("guard", guard, 0, above=True)
+
+
 def from_number(
     name: str,
     amount: Any,
     warmup: float | None,
     anneal: float | None,
     defaults: tuple[float, float],
+    guard: float | None = None,
 ) -> Budget:
     """Make the budget of the keyword arguments of a model.
 
     Args:
         name: What the model calls the amount, for errors.
-        amount: A number, or a schedule, which says it all.
+        amount: A number; or a schedule or a budget, which say it all.
         warmup: What was received; `None` for the default.
         anneal: What was received; `None` for the default.
         defaults: Those of `warmup` and `anneal`.
+        guard: That of the budget.
     """
+    if isinstance(amount, Budget):
+        if any(given is not None for given in (warmup, anneal, guard)):
+            raise ValueError(
+                f"`{name}` is a budget, which says it all: leave `warmup`, "
+                "`anneal` and `guard` alone. Received: "
+                f"{name}={amount!r}, warmup={warmup!r}, anneal={anneal!r}, "
+                f"guard={guard!r}"
+            )
+        return amount
     if _checks.is_schedule(amount):
         if warmup is not None or anneal is not None:
             raise ValueError(
@@ -276,11 +463,12 @@ def from_number(
                 f"warmup={_checks.short(warmup)}, "
                 f"anneal={_checks.short(anneal)}"
             )
-        return Schedule(amount)
+        return Schedule(amount, guard)
     return Constant(
         _checks.number(name, amount, 0),
         defaults[0] if warmup is None else warmup,
         defaults[1] if anneal is None else anneal,
+        guard,
     )
 
 

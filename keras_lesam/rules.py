@@ -21,6 +21,7 @@ optimizer is given `h` where nothing else is said.
 | `FriendlySAM`     | `eps` along `g` less its running mean | `h`              |
 | `WSAM`            | as SAM                                | of `g` and `h`   |
 | `LookSAM`         | as SAM, in one step of several        | see there        |
+| `StableSAM`       | as SAM                                | `h ||g|| / ||h||`|
 
 A rule of your own is a subclass of `Rule`, or of one of these.
 
@@ -47,6 +48,8 @@ from keras_lesam._rule import State
 from keras_lesam._rule import Weights
 from keras_lesam._rule import combine
 from keras_lesam._rule import usable_radius
+from keras_lesam._sam_rules import SAM
+from keras_lesam._sam_rules import StableSAM
 from keras_lesam._vectors import Tensors
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "LossEquated",
     "Perturbation",
     "Rule",
+    "StableSAM",
     "UnnormalizedSAM",
     "Weights",
     "combine",
@@ -150,62 +154,13 @@ class LossEquated(Rule):
     def uses_plain_gradient(self) -> bool:
         return bool(self.alpha)
 
+    @property
+    def budget_is_rise(self) -> bool:
+        return True
+
     def default_budget(self) -> budgets.Budget:
         """Return the defaults of `LESAMModel`."""
         return budgets.Constant(DEFAULT_SIGMA, DEFAULT_WARMUP, DEFAULT_ANNEAL)
-
-
-@_register
-class SAM(Rule):
-    """Sharpness-Aware Minimization: a perturbation of fixed length.
-
-    `eps = rho g / ||g||`, the first-order solution of `max L(w + eps)` over
-    `||eps|| <= rho` (Foret et al. 2021, equation 2).
-
-    Example:
-
-    >>> import keras, numpy as np
-    >>> from keras_lesam import SAMModel, rules
-    >>> net = keras.Sequential([keras.layers.Dense(1)])
-    >>> model = SAMModel(net, rules.SAM(rho=0.05))
-    >>> model.compile("sgd", "mse")
-    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
-    >>> round(history.history["rho"][0], 3)
-    0.05
-
-    Args:
-        rho: Float >= 0, the length (weight-space distance), or a
-            `keras.optimizers.schedules.LearningRateSchedule` from
-            `optimizer.iterations` to it.
-
-    Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: if one is out of range.
-
-    References:
-        Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for
-        Efficiently Improving Generalization", ICLR 2021, arXiv 2010.01412.
-    """
-
-    def __init__(self, rho: Any = 0.05) -> None:
-        if not _checks.is_schedule(rho):
-            rho = _checks.number("rho", rho, 0)
-        self.rho = rho
-
-    def radius(
-        self, norm: tf.Tensor, budget: tf.Tensor, curvature: Any = None
-    ) -> tf.Tensor:
-        """Return the budget, which is `rho`; 0 without a direction to go."""
-        del curvature
-        return usable_radius(budget, norm)
-
-    @property
-    def uses_curvature(self) -> bool:
-        return False
-
-    def default_budget(self) -> budgets.Budget:
-        """Return `rho` in every step."""
-        return budgets.from_number("rho", self.rho, None, None, (0.0, 0.0))
 
 
 @_register

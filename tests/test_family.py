@@ -27,6 +27,7 @@ RULES = {
     "FriendlySAM": lambda rho: rules.FriendlySAM(rho, decay=0.7, share=0.8),
     "WSAM": lambda rho: rules.WSAM(rho, gamma=0.7),
     "LookSAM": lambda rho: rules.LookSAM(rho, alpha=0.6, every=2),
+    "StableSAM": lambda rho: rules.StableSAM(rho),
 }
 ONE_PASS = ("SAM previous", "SAM momentum", "ASAM momentum")
 FAMILY = {

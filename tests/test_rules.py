@@ -57,6 +57,7 @@ def compiled(net, rule, rate=RATE, **options):
         # a = 3: 3 h - 2 g.
         (rules.WSAM(0.5, gamma=0.75), 0.5, 9.0),
         (rules.LookSAM(0.5), 0.5, 7.0),
+        (rules.StableSAM(0.5), 0.5, 6.0),
     ],
     ids=repr,
 )
@@ -121,6 +122,11 @@ def look(gradient, w, memory):
     return g_hat, (step + 1, v)
 
 
+def stable(gradient, w, memory):
+    h = sam(gradient, w, memory)[0]
+    return np.linalg.norm(gradient(w)) / np.linalg.norm(h) * h, memory
+
+
 def previous(gradient, w, before):
     h = gradient(w if before is None else w + climb(before))
     return h, h
@@ -145,6 +151,7 @@ ORACLES = [
     (friendly, rules.FriendlySAM(RHO, decay=0.7, share=0.8), {}),
     (wsam, rules.WSAM(RHO, gamma=0.8), {}),
     (look, rules.LookSAM(RHO, alpha=0.6, every=3), {}),
+    (stable, rules.StableSAM(RHO), {}),
     (previous, rules.SAM(RHO), {"ascent_from": "previous"}),
     (momentum, rules.SAM(RHO), {"ascent_from": "momentum"}),
     (every_third, rules.SAM(RHO), {"ascent_every": 3}),
