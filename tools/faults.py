@@ -39,7 +39,6 @@ import tensorflow as tf
 
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
-from keras_lesam import SharpnessAwareModel
 from keras_lesam import budgets
 from keras_lesam import rules
 
@@ -47,6 +46,7 @@ from keras_lesam import rules
 METHODS = {
     "plain": lambda net, **_: net,
     "first order": lambda net, **length: LESAMModel(net, 0.1, **length),
+    "relative": lambda net, **_: LESAMModel(net, budgets.Relative(0.3)),
     "secant": lambda net, **length: LESAMModel(
         net, 0.1, curvature="secant", **length
     ),
@@ -59,12 +59,10 @@ METHODS = {
     "fraction": lambda net, **_: SAMModel(net, rho=0.1, ascent_fraction=0.5),
     "parts": lambda net, **_: SAMModel(net, rho=0.1, num_batch_splits=2),
 }
-if hasattr(budgets, "Relative"):
-    METHODS["relative"] = lambda net, **_: SharpnessAwareModel(
-        net, rules.LossEquated(), budgets.Relative(0.3)
-    )
-KILLED = ("plain", "first order", "secant", "hvp", "LookSAM", "momentum")
-KILLED += ("relative",) if "relative" in METHODS else ()
+KILLED = (
+    *("plain", "first order", "relative", "secant", "hvp", "LookSAM"),
+    "momentum",
+)
 ROWS, BATCH = 1024, 16
 
 
