@@ -337,7 +337,7 @@ def _weights(sample_weight: Any, outputs: Any) -> list[Any]:
         given = [None] * len(leaves)
     found = []
     for output, weight in zip(leaves, given):
-        mask = getattr(output, "_keras_mask", None)
+        mask = _workarounds.mask_of(output)
         factors = [
             _aligned(tf.cast(w, tf.float32), output)
             for w in (weight, mask)

@@ -184,17 +184,24 @@ def _refuse(name: str, value: Any, instead: Any, replicas: int) -> None:
         )
 
 
+def mask_of(tensor: Any) -> Any:
+    """Return the mask that Keras keeps on a tensor for losses, or `None`.
+
+    It has no public name: https://github.com/keras-team/keras/blob/master/
+    keras/src/backend/common/masking.py
+    """
+    return getattr(tensor, "_keras_mask", None)
+
+
 def map_with_masks(
     function: Callable[..., tf.Tensor], tensors: Sequence[tf.Tensor]
 ) -> tf.Tensor:
     """Apply a function to tensors and to the Keras masks that they carry.
 
-    Losses and metrics read a mask off the outputs. Keras has no public name
-    for it: https://github.com/keras-team/keras/blob/master/keras/src/backend/
-    common/masking.py
+    Losses and metrics read a mask off the outputs: see `mask_of`.
     """
     result = function(*tensors)
-    masks = [getattr(t, "_keras_mask", None) for t in tensors]
+    masks = [mask_of(t) for t in tensors]
     if all(mask is not None for mask in masks):
         result._keras_mask = function(*masks)
     return result
