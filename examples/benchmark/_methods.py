@@ -1,6 +1,6 @@
 """The methods: how each wraps a net, and the settings it is tuned over.
 
-All have six settings. Plain training tunes learning rate and weight decay;
+All but one have six settings. Plain training tunes learning rate and weight decay;
 the others take these over, and tune hyperparameters of their own.
 """
 
@@ -13,6 +13,7 @@ import keras
 
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
+from keras_lesam import budgets
 from keras_lesam import rules
 
 PLAIN = "plain"
@@ -21,6 +22,7 @@ LESAM = "LE-SAM"
 
 _RHOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+_SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,19 @@ def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
     return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
 
 
+def relative(name, shares=_SHARES, **options):
+    """Make a `Method` of `LESAMModel` whose budget is a share of the loss."""
+
+    def wrap(net, setting):
+        return LESAMModel(net, budgets.Relative(setting["share"]), **options)
+
+    return Method(name, wrap, _grid(share=shares), None, 1.7)
+
+
+def _guarded(net, setting):
+    return SAMModel(net, rho=setting["rho"], guard=0.5)
+
+
 METHODS = [
     _sam_rule(SAM, rules.SAM, rho=_RHOS),
     _sam_rule("ASAM", rules.ASAM, rho=(0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
@@ -85,6 +100,11 @@ METHODS = [
     lesam(LESAM),
     lesam("LE-SAM secant", curvature="secant"),
     lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
+    relative("relative, untuned", shares=(0.3,)),
+    relative("relative"),
+    relative("relative secant", curvature="secant"),
+    Method("SAM, guarded", _guarded, _grid(rho=_RHOS)),
+    _sam_rule("StableSAM", rules.StableSAM, rho=_RHOS),
 ]
 
 
