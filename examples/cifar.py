@@ -39,6 +39,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_lesam import LESAMModel
+from keras_lesam.callbacks import ProgressBar
 
 SIDE = 32
 SHIFT = 4
@@ -354,6 +355,8 @@ def learning_rates(steps):
 
 def new_callbacks(args, chief):
     callbacks = [distributed.backup(args.folder, chief)]
+    if args.method == "lesam":
+        callbacks.append(ProgressBar(["rho", "sharpness"]))
     if args.tensorboard and chief:
         callbacks.append(keras.callbacks.TensorBoard(args.tensorboard))
     return callbacks

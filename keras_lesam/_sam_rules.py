@@ -12,7 +12,6 @@ from keras_lesam import budgets
 from keras_lesam._gradients import Gradients
 from keras_lesam._rule import Rule
 from keras_lesam._rule import State
-from keras_lesam._rule import combine
 from keras_lesam._rule import usable_radius
 
 _register = keras.saving.register_keras_serializable(package="keras_lesam")
@@ -91,10 +90,13 @@ class StableSAM(SAM):
     def update(
         self, plain: Gradients, perturbed: Gradients, state: State
     ) -> tuple[Sequence[Any], State]:
-        """Return `(||g|| / ||h||) h`; `h` where it is 0."""
+        """Return `(||g|| / ||h||) h`; 0 where `h` is."""
         plain.reduce_with(perturbed)
-        length = perturbed.norm()
-        has_length = tf.math.is_finite(length) & (length > 0)
-        factor = plain.norm() / _vectors.or_one(length, has_length)
-        factor = tf.where(has_length, factor, tf.ones_like(factor))
-        return combine(plain, perturbed, factor, 0.0), state
+        size, length = plain.norm(), perturbed.norm()
+        gradients = [
+            None
+            if h is None
+            else tf.cast(_vectors.along(h, size, length), h.dtype)
+            for h in perturbed
+        ]
+        return gradients, state

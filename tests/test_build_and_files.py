@@ -191,7 +191,10 @@ def test_build_makes_weights_and_state():
     assert len(model.model.weights) == 8
     assert len(model.weights) == 8 + 6
     weights = model.get_weights()
-    model.build((None, 3))
+    model.build((None, 6))
+    # As the model itself would.
+    with pytest.raises(ValueError, match="already been configured"):
+        model.build((None, 3))
     for a, b in zip(weights, model.get_weights()):
         np.testing.assert_array_equal(a, b)
 

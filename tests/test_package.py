@@ -24,7 +24,8 @@ MODULES = ["keras_lesam"] + [
 # The modules that users call.
 WITH_EXAMPLES = (
     *("_model", "_sam", "_wrapper", "callbacks", "curvature", "landscape"),
-    *("rules", "_rule", "budgets", "ascents", "_operator"),
+    *("rules", "_rule", "_sam_rules", "budgets", "ascents", "_operator"),
+    "_progress",
 )
 
 

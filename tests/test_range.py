@@ -127,6 +127,7 @@ PERTURBATIONS = {
     "SAM": (rules.SAM(RHO), None, lambda s: RHO),
     "ASAM": (rules.ASAM(RHO, ETA), ETA, lambda s: RHO),
     "UnnormalizedSAM": (rules.UnnormalizedSAM(RHO), None, lambda s: RHO * s),
+    "StableSAM": (rules.StableSAM(RHO), None, lambda s: RHO),
     "GSAM": (rules.GSAM(RHO), None, lambda s: RHO),
     "FriendlySAM": (rules.FriendlySAM(RHO, 0.9, SHARE), None, lambda s: RHO),
     "WSAM": (rules.WSAM(RHO), None, lambda s: RHO),
@@ -261,6 +262,11 @@ def reused(g, h, v):
 UPDATES = {
     "GSAM": (rules.GSAM(RHO, ALPHA), gsam, 2.0),
     "WSAM": (rules.WSAM(RHO, GAMMA), wsam, 10.0),
+    "StableSAM": (
+        rules.StableSAM(RHO),
+        lambda g, h, v: norm(g) / norm(h) * h,
+        3.0,
+    ),
     "LossEquated": (
         rules.LossEquated(alpha=ALPHA),
         lambda g, h, v: h - ALPHA * g,

@@ -1,7 +1,7 @@
 """The methods: how each wraps a net, and the settings it is tuned over.
 
-All but one have six settings. Plain training tunes learning rate and weight decay;
-the others take these over, and tune hyperparameters of their own.
+All but one have six settings. Plain training tunes learning rate and weight
+decay; the others take these over, and tune hyperparameters of their own.
 """
 
 import dataclasses

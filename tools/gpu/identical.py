@@ -19,7 +19,7 @@ def main():
     tf.config.experimental.enable_op_determinism()
     _gpu.describe()
     table = _gpu.Table(args.output / "identical.jsonl")
-    for jit in (False, True):
+    for jit in (False,) if args.quick else (False, True):
         mode = "XLA" if jit else "graph"
         for name, method in {"plain, again": None, **METHODS}.items():
             table.attempt(
