@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse
 import tensorflow as tf
 
+from keras_lesam import _checks
 from keras_lesam import _workarounds
 
 
@@ -318,7 +319,8 @@ def _nest_of_arrays(name: str, nest: Any) -> Any:
     if nest is not None and not keras.tree.flatten(nest):
         raise TypeError(
             f"`{name}` must be an array with rows, or one for each input or "
-            f"output of the model. Received: {name} of {_type(nest)}, empty"
+            f"output of the model. Received: {name}={_checks.short(nest)}, "
+            "which is empty"
         )
     return keras.tree.map_structure(convert, nest)
 

@@ -169,6 +169,7 @@ ARGUMENTS = {
     "rho_max": None,
     "warmup": 0.2,
     "anneal": 0.3,
+    "guard": 0.5,
     "total_steps": 50,
     "adaptive": True,
     "alpha": 0.25,
