@@ -221,9 +221,8 @@ class StandIn(_workarounds.ServableModel):
         if input_shape is not None or not shapes:
             args = (input_shape, *args)
         if self.built:
-            if isinstance(self.model, keras.Sequential):
-                # It refuses another shape than it was built for.
-                self.model.build(*args, **shapes)
+            if _is_of_another_shape(self.model, input_shape):
+                self.model.build(*args, **shapes)  # It refuses.
             return
         if type(self.model).build is keras.Model.build:
             _build_by_call(self.model, args, shapes)
@@ -343,6 +342,17 @@ class OptimizerLoan:
         if self._users == 0 and self._optimizer is not None:
             self._attributes.pop("optimizer", None)
             self._attributes.update(self._before)
+
+
+def _is_of_another_shape(model: keras.Model, shape: Any) -> bool:
+    """Return whether a model was built for inputs that `shape` excludes."""
+    is_shape = isinstance(shape, list | tuple) and all(
+        size is None or isinstance(size, int) for size in shape
+    )
+    if not is_shape or not isinstance(model, keras.Sequential):
+        return False
+    built_for = tf.TensorShape(model.input_shape)
+    return not built_for.is_compatible_with(tf.TensorShape([*shape]))
 
 
 def _is_of_model(wrapper: StandIn, name: str, value: Any = None) -> bool:

@@ -106,10 +106,8 @@ def hessian_vector_product(
     """
     _checks.choice("method", method, _hessian.CHOICES)
     _checks.model(model)
-    if not isinstance(vectors, list | tuple):
-        raise ValueError(_NOT_PARALLEL + _describe(vectors))
     batch = to_batch(x, y, sample_weight)
-    if model.built and model.compiled:
+    if model.built and model.compiled and model.trainable_variables:
         # Else the shapes are known after the first batch only.
         _check_vectors(vectors, model.trainable_variables)
     passes = prepare(model, batch)
@@ -408,7 +406,8 @@ def spectral_density(
 
 
 def _check_vectors(vectors: Any, variables: list[Any]) -> Tensors:
-    if len(vectors) != len(variables):
+    is_list = isinstance(vectors, list | tuple)
+    if not is_list or len(vectors) != len(variables):
         raise ValueError(
             f"{_NOT_PARALLEL}{_describe(vectors)}, for {len(variables)} "
             "variables"
