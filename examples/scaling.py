@@ -97,7 +97,9 @@ def measure(net, replicas, strategy, args):
         if method == "global" and replicas == 1:
             continue  # The same as "replica".
         with strategy.scope():
-            trainees[method] = speed.Trainee(net, "graph", data, wrap)
+            trainees[method] = speed.Trainee(
+                net, "graph", "stateless", data, wrap
+            )
         trainees[method].block()
     rounds = [
         {method: trainee.block() for method, trainee in trainees.items()}
