@@ -351,8 +351,11 @@ def _is_of_another_shape(model: keras.Model, shape: Any) -> bool:
     )
     if not is_shape or not isinstance(model, keras.Sequential):
         return False
-    built_for = tf.TensorShape(model.input_shape)
-    return not built_for.is_compatible_with(tf.TensorShape([*shape]))
+    # Without one where a layer could not tell the shape of its output.
+    built_for = getattr(model, "input_shape", None)
+    return built_for is None or not tf.TensorShape(
+        built_for
+    ).is_compatible_with(tf.TensorShape([*shape]))
 
 
 def _is_of_model(wrapper: StandIn, name: str, value: Any = None) -> bool:

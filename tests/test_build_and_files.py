@@ -456,3 +456,20 @@ def test_files_that_are_not_there():
     for name in ("none.weights.h5", "none.keras"):
         with pytest.raises((OSError, ValueError)):
             model.load_weights(name)
+
+
+class Dynamic(LAYERS.Layer):
+    """A layer that cannot tell the shape of its output."""
+
+    def call(self, inputs):
+        return inputs + 1.0
+
+    def compute_output_spec(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def test_a_model_of_no_known_shape_is_called():
+    model = LESAMModel(keras.Sequential([Dynamic()]))
+    x = np.ones((3, 2), "float32")
+    np.testing.assert_array_equal(model(x), x + 1)
+    np.testing.assert_array_equal(model(x), x + 1)
