@@ -87,7 +87,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             this share of what the model has learnt: the loss of a prediction
             that ignores the input, less that of the batch. Nets without
             normalization, which a large budget kills early in a training,
-            live with 0.5. See `budgets.Relative`, which needs none.
+            are what it is for: 0.5, say. See `budgets.Relative`, which needs
+            none.
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
