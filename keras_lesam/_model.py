@@ -28,6 +28,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     `w`. SAM (Foret et al. 2021) fixes the length of `eps` instead; how much
     the loss rises over it then depends on the gradient.
 
+    By default the budget is a share of the loss, `budgets.Relative(0.3)`: it
+    has no unit and no schedule, and need not know how long the training is.
+    `sigma=0.1` is the paper's budget, in loss units.
+
     ```
     s       = ||T g||                      ascent norm, logged as gradient_norm
     eps     = rho T^2 g / s                rho = min(sigma / s, rho_max)
@@ -46,7 +50,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     >>> import keras, numpy as np
     >>> from keras_lesam import LESAMModel
     >>> net = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
-    >>> model = LESAMModel(net, sigma=0.1)
+    >>> model = LESAMModel(net)
     >>> model.compile("sgd", "sparse_categorical_crossentropy")
     >>> x, y = np.random.rand(64, 8), np.random.randint(10, size=64)
     >>> history = model.fit(x, y, epochs=2, verbose=0)
@@ -67,18 +71,20 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         model: A `keras.Model`: functional, sequential or subclassed, built or
             not. Its own `compute_loss` and `compute_metrics` are honoured;
             a `train_step` of its own is refused.
-        sigma: Float >= 0, the loss budget in loss units, or a
+        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative()`,
+            the share 0.3 of the loss. Or a float >= 0, the loss budget in loss
+            units, as in the paper, whose default is 0.1; or a
             `keras.optimizers.schedules.LearningRateSchedule` from
-            `optimizer.iterations` to the budget; or one of
-            `keras_lesam.budgets`, such as `budgets.Relative(0.3)`, which has
-            neither a unit nor a schedule. 0.1 by default. A number may be
-            assigned to later: `model.sigma = 0.2` does not retrace.
+            `optimizer.iterations` to the budget. A number may be assigned to
+            later: `model.sigma = 0.2`, or `model.share = 0.5` where the budget
+            is relative, does not retrace.
         rho_max: Float > 0, the largest `rho` (weight-space distance), or
             `None` for no cap. A small one turns LE-SAM into SAM. May be
             assigned to later.
         warmup: Float in [0, 1], the share of the training over which the
             budget rises linearly from 0. Defaults to 0.1, or to 0 if `sigma`
-            is a schedule or a budget, which say it all.
+            is a schedule or a budget, which say it all. With `warmup`,
+            `anneal` or `guard` and no `sigma`, the latter is 0.1.
         anneal: Float in [0, 1], the share of the training over which the
             budget falls to 0 on a cosine, at its end. Defaults to 0.2, or to
             0 if `sigma` is a schedule or a budget. Together with `warmup` at
@@ -209,6 +215,15 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     @sigma.setter
     def sigma(self, value: float) -> None:
         self._set_amount("sigma", value)
+
+    @property
+    def share(self) -> float | None:
+        """That of a `budgets.Relative`; `None` for another budget."""
+        return getattr(self.budget, "share", None)
+
+    @share.setter
+    def share(self, value: float) -> None:
+        self._set_amount("share", value, of="share")
 
     @property
     def rho_max(self) -> float | None:

@@ -184,6 +184,14 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
     if not isinstance(budget, budgets.Constant) or budget.sigma is not None:
         return budget
     amount = budgets.amount_of(rule.default_budget())
+    if amount is None and isinstance(rule, rules.LossEquated):
+        amount = rules.DEFAULT_SIGMA
+    if amount is None:
+        raise ValueError(
+            "This budget has no number, and the rule has none for it: give "
+            "one, as in budgets.Constant(0.1). Received: "
+            f"budget={budget!r}, rule={_checks.short(rule)}"
+        )
     if _checks.is_schedule(amount):
         raise ValueError(
             "`rho` is a schedule, which is the whole budget over time: leave "

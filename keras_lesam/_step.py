@@ -56,7 +56,7 @@ def two_pass_step(
     plain, zero = first.point.gradients, tf.zeros((), context.dtype)
 
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
-        second = second_pass(first, perturbation, batch)
+        second = second_pass(first, _here(first, perturbation), batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
         is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
@@ -251,6 +251,20 @@ def perturb(first: FirstPass) -> Perturbation:
     )
     perturbation = _checked(context, perturbation, first.weights)
     return context.rule.limit(perturbation, first.gradients, first.limit)
+
+
+def _here(first: FirstPass, perturbation: Perturbation) -> Perturbation:
+    """Return the perturbation, made in the branch that is being traced.
+
+    Where most steps don't ascend. What a branch takes from outside is computed
+    in all steps, and `eps` is as large as the weights; made anew it costs the
+    steps that do ascend the norm once more. A curvature would cost a product.
+    """
+    is_rare = first.inputs.gate is not None
+    is_cheap = isinstance(
+        first.context.estimator, estimators.FirstOrder | estimators.Secant
+    )
+    return perturb(first) if is_rare and is_cheap else perturbation
 
 
 def _checked(

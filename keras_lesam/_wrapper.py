@@ -214,26 +214,28 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
 
     # The arguments.
 
-    def _set_amount(self, name: str, value: Any, **changes: Any) -> None:
+    def _set_amount(
+        self, name: str, value: Any, of: str = "sigma", **changes: Any
+    ) -> None:
         """Take another number for the budget, which does not retrace.
 
-        `changes` are those of the rule, if it says the number too.
+        `of` is the budget's name for it; `changes` are those of the rule, if
+        it says the number too.
         """
         budget = self.budget
-        if _checks.is_schedule(value) or not isinstance(
-            budget, budgets.Constant
-        ):
+        if _checks.is_schedule(value) or of not in budget.numbers():
             raise TypeError(
                 f"`{name}` can be assigned a number where it was a number; for "
-                f"a schedule make a new {type(self).__name__} around `.model`. "
-                f"Received: {name}={_checks.short(value)}"
+                f"another budget make a new {type(self).__name__} around "
+                f"`.model`. Received: {name}={_checks.short(value)}, "
+                f"budget={_checks.short(budget)}"
             )
         value = _checks.number(name, value, 0)
         if value and self._is_fitting:
             self._progress.require_steps(budget)
         self._set(
             rule=self.rule.replace(**changes),
-            budget=budget.replace(sigma=value),
+            budget=budget.replace(**{of: value}),
         )
         if self.train_function is not None:
             self.make_train_function()

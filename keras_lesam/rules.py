@@ -75,6 +75,7 @@ _register = keras.saving.register_keras_serializable(package="keras_lesam")
 # A finite number of every float dtype that a radius has, so that a healthy
 # step has no infinity in it.
 _NO_CAP = tf.float32.max
+# Those of the paper's budget, where only a part of it is given.
 DEFAULT_SIGMA = 0.1
 DEFAULT_WARMUP = 0.1
 DEFAULT_ANNEAL = 0.2
@@ -159,8 +160,8 @@ class LossEquated(Rule):
         return True
 
     def default_budget(self) -> budgets.Budget:
-        """Return the defaults of `LESAMModel`."""
-        return budgets.Constant(DEFAULT_SIGMA, DEFAULT_WARMUP, DEFAULT_ANNEAL)
+        """Return that of `LESAMModel`: a share of the loss."""
+        return budgets.Relative()
 
 
 @_register

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
+from keras_lesam import SharpnessAwareModel
+from keras_lesam import budgets
 from keras_lesam import rules
 from tests.helpers import assert_same_weights
 from tests.helpers import classification_data
@@ -194,6 +196,37 @@ def test_arguments_assigned_later(net):
     with pytest.raises(TypeError, match="schedule"):
         scheduled.sigma = 0.1
     assert scheduled.sigma is SCHEDULE
+
+
+def test_without_arguments_the_budget_is_a_share_of_the_loss(net):
+    model = LESAMModel(net)
+    assert repr(model.budget) == "Relative(share=0.3, reference_loss=None)"
+    assert (model.share, model.warmup, model.anneal) == (0.3, 0.0, 0.0)
+    assert model.sigma is model.budget
+    # Any number of the paper's asks for the paper's.
+    for options in ({"sigma": 0.1}, {"warmup": 0.1}, {"anneal": 0.2}):
+        budget = repr(LESAMModel(net, **options).budget)
+        assert budget == "Constant(sigma=0.1, warmup=0.1, anneal=0.2)"
+    guarded = LESAMModel(net, guard=0.5)
+    assert (guarded.sigma, guarded.guard, guarded.share) == (0.1, 0.5, None)
+    general = SharpnessAwareModel(net, budget=budgets.Constant(warmup=0.1))
+    assert (general.budget.sigma, general.budget.anneal) == (0.1, 0.0)
+
+
+def test_a_share_assigned_later(net):
+    model = LESAMModel(net)
+    model.share = 0.5
+    assert model.share == model.budget.share == 0.5
+    with pytest.raises(ValueError, match="Received: share=-1"):
+        model.share = -1
+    for value in ("0.1", SCHEDULE, None, True):
+        with pytest.raises(TypeError, match="Received: share="):
+            model.share = value
+    with pytest.raises(TypeError, match=r"sigma=0\.2, budget=Relative"):
+        model.sigma = 0.2
+    with pytest.raises(TypeError, match=r"share=0\.2, budget=Constant"):
+        LESAMModel(net, 0.1).share = 0.2
+    assert model.share == 0.5
 
 
 def test_a_refused_value_is_not_used():

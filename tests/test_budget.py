@@ -479,7 +479,7 @@ def early_stopping():
 def test_early_stopping_is_told_what_to_pass():
     """A warm-up of a training that ends long before it is said to."""
     x, y = classification_data()
-    model = LESAMModel(dense_net())
+    model = LESAMModel(dense_net(), 0.1)
     model.compile("sgd", crossentropy())
     with pytest.warns(UserWarning, match=r"EarlyStopping.*`total_steps`.*0\.1"):
         model.fit(x, y, epochs=2, verbose=0, callbacks=[early_stopping()])
@@ -487,7 +487,10 @@ def test_early_stopping_is_told_what_to_pass():
 
 @pytest.mark.parametrize(
     "options",
-    [{"total_steps": 10}, {"warmup": 0, "anneal": 0}, {"sigma": 0.0}],
+    [
+        *({"total_steps": 10, "sigma": 0.1}, {"warmup": 0, "anneal": 0}),
+        *({"sigma": 0.0}, {}),
+    ],
     ids=str,
 )
 def test_early_stopping_of_a_known_length_is_not_warned_of(options):

@@ -122,7 +122,7 @@ def scalars(directory):
 
 
 def test_tensorboard(tmp_path):
-    model = compiled(LESAMModel(dense_net()))
+    model = compiled(LESAMModel(dense_net(), 0.1))
     callback = keras.callbacks.TensorBoard(tmp_path, histogram_freq=1)
     validation = classification_data(rows=32, seed=7)
     history = fit(model, callback, validation_data=validation)

@@ -1094,3 +1094,23 @@ def test_a_guard_with_a_rule_and_budget_of_ones_own():
     np.testing.assert_allclose(
         logs["rho"] * logs["gradient_norm"], 0.1 * gain, rtol=1e-4
     )
+
+
+def test_a_share_assigned_later_takes_effect_without_a_retrace():
+    x, y = classification_data(rows=64)
+    shares, budgets_met = (0.2, 0.8, 0.4), []
+    for first in (0.2, 0.0):
+        model = relative(learnt(dense_net(), x, y, crossentropy()), first)
+        model.compile(keras.optimizers.SGD(0.0), crossentropy())
+        step(model, x, y)
+        model.share = shares[0]
+        step(model, x, y)
+        seen = traces(model)
+        count = len(seen)
+        budgets_met.clear()
+        for share in shares:
+            model.share = share
+            budgets_met.append(step(model, x, y)["sigma"] / share)
+        assert budgets_met[0] > 0
+        np.testing.assert_allclose(budgets_met, budgets_met[0], rtol=1e-5)
+        assert len(seen) == count

@@ -119,7 +119,7 @@ def test_an_unbuilt_wrapper_is_built_by_the_first_fit_after_a_load(
         return fit(lesam(model.model) if not compiled else model)
 
     path = tmp_path / "model.keras"
-    model = LESAMModel(sequential_net(), total_steps=12)
+    model = LESAMModel(sequential_net(), 0.1, total_steps=12)
     if compiled:
         model.compile("adam", crossentropy())
     with pytest.warns(UserWarning, match="not yet been built"):
@@ -131,7 +131,7 @@ def test_an_unbuilt_wrapper_is_built_by_the_first_fit_after_a_load(
     trained(loaded)
 
     keras.utils.set_random_seed(0)
-    fresh = LESAMModel(sequential_net(), total_steps=12)
+    fresh = LESAMModel(sequential_net(), 0.1, total_steps=12)
     if compiled:
         fresh.compile("adam", crossentropy())
     trained(fresh)
@@ -258,10 +258,13 @@ def test_a_schedule_is_kept(way, tmp_path):
 
 @ways
 def test_arguments_assigned_later_are_kept(way, tmp_path):
-    model = LESAMModel(dense_net())
+    model = LESAMModel(dense_net(), 0.1)
     model.sigma, model.rho_max = 0.4, 0.9
     other = way(model, tmp_path)
     assert (other.sigma, other.rho_max) == (0.4, 0.9)
+    model = LESAMModel(dense_net())
+    model.share = 0.4
+    assert way(model, tmp_path).share == 0.4
 
 
 @pytest.mark.parametrize("way", [through_keras_json, through_clone])

@@ -262,6 +262,12 @@ def test_numbers_and_schedules_stand_for_budgets():
             lambda net: SharpnessAwareModel(
                 net, rules.LossEquated(1.0), budgets.Constant(0.1, 0.1, 0.2)
             ),
+            lambda net: LESAMModel(net, 0.1),
+        ),
+        (
+            lambda net: SharpnessAwareModel(
+                net, rules.LossEquated(1.0), budgets.Relative(0.3)
+            ),
             LESAMModel,
         ),
         (

@@ -18,7 +18,10 @@ from keras_lesam import rules
 
 PLAIN = "plain"
 SAM = "SAM"
+# By the paper's budget, and by a share of the loss.
 LESAM = "LE-SAM"
+RELATIVE = "relative"
+UNTUNED = "relative, untuned"
 
 _RHOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -36,6 +39,8 @@ class Method:
         budget: Name of the attribute of the model, and of the entry of a
             setting, that may change without a new model; or `None`.
         cost: Float, rough cost of a step in plain steps, for the time left.
+        smoothing: Name of the entry of a setting that is the label smoothing
+            of the training loss, or `None` for none.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Method:
     settings: list
     budget: str | None = "rho"
     cost: float = 1.8
+    smoothing: str | None = None
 
 
 def _grid(**values):
@@ -61,6 +67,12 @@ def plain(adam):
     return Method(PLAIN, lambda net, _: net, settings, budget=None, cost=1.0)
 
 
+def smoothed(name, smoothings):
+    """Make plain training by a loss of smoothed labels."""
+    settings = _grid(smoothing=smoothings)
+    return Method(name, lambda net, _: net, settings, None, 1.0, "smoothing")
+
+
 def _sam_rule(name, rule, **values):
     def wrap(net, setting):
         return SAMModel(net, rule(**setting))
@@ -77,13 +89,13 @@ def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
     return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
 
 
-def relative(name, shares=_SHARES, **options):
+def relative(name, cost=1.8, shares=_SHARES, **options):
     """Make a `Method` of `LESAMModel` whose budget is a share of the loss."""
 
     def wrap(net, setting):
         return LESAMModel(net, budgets.Relative(setting["share"]), **options)
 
-    return Method(name, wrap, _grid(share=shares), None, 1.7)
+    return Method(name, wrap, _grid(share=shares), "share", cost)
 
 
 def _guarded(net, setting):
@@ -91,6 +103,8 @@ def _guarded(net, setting):
 
 
 METHODS = [
+    smoothed("label smoothing 0.1", (0.1,)),
+    smoothed("label smoothing", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)),
     _sam_rule(SAM, rules.SAM, rho=_RHOS),
     _sam_rule("ASAM", rules.ASAM, rho=(0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
     _sam_rule("GSAM", rules.GSAM, alpha=(0.1, 0.4), rho=(0.05, 0.1, 0.2)),
@@ -100,8 +114,8 @@ METHODS = [
     lesam(LESAM),
     lesam("LE-SAM secant", curvature="secant"),
     lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
-    relative("relative, untuned", shares=(0.3,)),
-    relative("relative"),
+    relative(UNTUNED, shares=(0.3,)),
+    relative(RELATIVE),
     relative("relative secant", curvature="secant"),
     Method("SAM, guarded", _guarded, _grid(rho=_RHOS)),
     _sam_rule("StableSAM", rules.StableSAM, rho=_RHOS),
@@ -253,5 +267,10 @@ def ablations(steps, sigma, rho, mean_rhos):
     ]
 
 
-# The sweep of rho and sigma: two decades, in thirds of a decade.
-SWEEP = (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)
+# The sweep: two decades, in thirds of a decade. The default is in the middle of
+# the shares; factors are of the defaults of sigma (0.1) and of rho (0.05).
+SWEEP = {
+    SAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
+    LESAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
+    RELATIVE: (0.03, 0.065, 0.14, 0.3, 0.65, 1.4, 3.0),
+}

@@ -37,7 +37,7 @@ class Bench:
         self.steps = len(task.data(0).x) // task.batch_size
         self._models = {}
 
-    def run(self, method, setting, base, seed, curvature=False):
+    def run(self, method, setting, base, seed, closely=False, curvature=False):
         """Train once; return the results as a dict.
 
         Args:
@@ -45,6 +45,8 @@ class Bench:
             setting: Dict, one of its settings.
             base: Dict, learning rate and weight decay.
             seed: Integer, for split, wrong labels, initial weights, order.
+            closely: Whether to find the best epoch, too, by validation data,
+                and the accuracy of each class.
             curvature: Whether to measure the top eigenvalue.
         """
         data = self._data(seed)
@@ -53,17 +55,19 @@ class Bench:
         if method.budget:
             setattr(model, method.budget, setting[method.budget])
         watch = _common.Stopwatch()
+        epochs = EachEpoch(self._measure(net), data) if closely else None
         start = time.perf_counter()
         history = model.fit(
             self._batches(data, seed),
             epochs=self.task.epochs,
             verbose=0,
-            callbacks=[self._rate(base), watch],
+            callbacks=[self._rate(base), watch, *filter(None, [epochs])],
         ).history
         test = self._accuracy(net, *data.test)
         return {
             "test": test,
             "validation": self._accuracy(net, *data.validation),
+            **(epochs.best() | self._by_class(net, data) if epochs else {}),
             "train": round(history["accuracy"][-1], 4),
             "loss": round(history["loss"][-1], 5),
             # Little better than chance.
@@ -125,6 +129,8 @@ class Bench:
         fixed = {k: v for k, v in setting.items() if k != method.budget}
         if method.name == _methods.PLAIN:
             fixed = {}
+        if method.smoothing:
+            fixed = {method.smoothing: setting[method.smoothing]}
         key = (method.name, *fixed.items(), base["weight_decay"])
         if key not in self._models:
             net = self._net()
@@ -136,7 +142,7 @@ class Bench:
             decay = base["weight_decay"] or None
             model.compile(
                 kind(base["learning_rate"], weight_decay=decay, **options),
-                _loss(),
+                _loss(setting.get(method.smoothing, 0.0)),
                 metrics=["accuracy"],
                 steps_per_execution=self.steps,
             )
@@ -167,6 +173,26 @@ class Bench:
     def _accuracy(self, net, x, y):
         outputs = net.predict(x, batch_size=500, verbose=0)
         return round(float(np.mean(np.argmax(outputs, -1) == y)), 4)
+
+    @functools.cache  # noqa: B019, as long as the bench
+    def _measure(self, net):
+        """Make the compiled function of pictures and labels: the accuracy."""
+
+        @tf.function
+        def measure(x, y):
+            found = tf.argmax(net(x, training=False), -1)
+            return tf.reduce_mean(tf.cast(found == y, "float32"))
+
+        return measure
+
+    def _by_class(self, net, data):
+        """Measure the test accuracy of each class, where some are rare."""
+        if self.task.imbalance == 1:
+            return {}
+        x, y = data.test
+        found = np.argmax(net.predict(x, batch_size=500, verbose=0), -1)
+        rates = [np.mean(found[y == c] == c) for c in range(_common.CLASSES)]
+        return {"by_class": [round(float(rate), 4) for rate in rates]}
 
     def _look_around(self, net, seed, data, curvature):
         probe = self._probe
@@ -228,6 +254,33 @@ class Bench:
         return watch
 
 
+class EachEpoch(keras.callbacks.Callback):
+    """Accuracies on validation and test data after each epoch.
+
+    Args:
+        measure: Callable from pictures and labels to the accuracy.
+        data: A `_tasks.Data`.
+    """
+
+    def __init__(self, measure, data):
+        super().__init__()
+        self._measure = measure
+        self._parts = [
+            (tf.constant(x), tf.constant(y, tf.int64))
+            for x, y in (data.validation, data.test)
+        ]
+        self._accuracies = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._accuracies.append([float(self._measure(*p)) for p in self._parts])
+
+    def best(self):
+        """Return the first of the epochs of the best validation accuracy."""
+        epoch = int(np.argmax([a[0] for a in self._accuracies]))
+        test = round(self._accuracies[epoch][1], 4)
+        return {"best_epoch": epoch + 1, "best_test": test}
+
+
 def _ratio(block, plain, model, i):
     """Measure the ratio of a block to a plain one; the order alternates."""
     if i % 2:
@@ -241,5 +294,14 @@ def _median_of_later(seconds):
     return statistics.median(seconds[1:])
 
 
-def _loss():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def _loss(smoothing=0.0):
+    if not smoothing:
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def smoothed(y, outputs):
+        y = keras.ops.one_hot(keras.ops.reshape(y, (-1,)), _common.CLASSES)
+        return keras.losses.categorical_crossentropy(
+            y, outputs, from_logits=True, label_smoothing=smoothing
+        )
+
+    return smoothed

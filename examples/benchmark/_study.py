@@ -99,16 +99,21 @@ class Study:
                 self.train(method, setting, second)
 
     def sweep(self, method):
-        for budget in _methods.SWEEP[:2] if self.quick else _methods.SWEEP:
+        budgets = _methods.SWEEP[method.name]
+        for budget in budgets[:2] if self.quick else budgets:
             for seed in range(1 if self.quick else 3):
-                self.train(method, {method.budget: budget}, seed)
+                setting = {method.budget: budget}
+                self.train(method, setting, seed, sweep=True)
 
-    def train(self, method, setting, seed, curvature=False):
+    def train(self, method, setting, seed, curvature=False, sweep=False):
         """Train and add the line of a run, unless it is there already."""
         key = self.key(method, setting, seed)
         if self.results.find(**key) is None:
             base = key.get("base", setting)
-            found = self.bench.run(method, setting, base, seed, curvature)
+            closely = seed in range(self.task.seeds) and not sweep
+            found = self.bench.run(
+                method, setting, base, seed, closely, curvature
+            )
             self.results.add({**key, **found})
 
     def time(self, method):
@@ -138,9 +143,10 @@ def units(task, phase):
         "cheaper": [m.name for m in _methods.cheaper(1)],
         "start": [m.name for m in _methods.start()],
         "ablations": [m.name for m in _methods.ablations(1, 0, 0, [0])],
-        "sweep": [SWEEP + m for m in (_methods.SAM, _methods.LESAM)],
+        "sweep": [SWEEP + name for name in _methods.SWEEP],
     }
-    chosen = [name for study in task.studies for name in studies[study]]
+    studied = ("sweep", *task.studies)
+    chosen = [name for study in studied for name in studies[study]]
     if phase == "plain":
         return [_methods.PLAIN]
     if phase == "methods":

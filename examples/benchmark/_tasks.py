@@ -50,8 +50,7 @@ class Task:
             those of the rarest; geometric in between.
         adam: Whether the optimizer is AdamW, not SGD with momentum.
         seeds: Integer, how many runs to report.
-        studies: Names of further studies: "cheaper", "start", "ablations",
-            "sweep".
+        studies: Names of further studies: "cheaper", "start", "ablations".
         weight: Float, rough seconds of a plain run, for the time left.
     """
 
@@ -166,7 +165,7 @@ TASKS = [
     Task(
         "digits, 40% wrong, resnet",
         **_DIGITS,
-        studies=("cheaper", "ablations", "sweep"),
+        studies=("cheaper", "ablations"),
         build=_resnet,
         epochs=30,
         noise=0.4,
@@ -192,7 +191,7 @@ TASKS = [
     Task(
         "MNIST, 20% wrong, conv",
         **_MNIST,
-        studies=("start", "sweep"),
+        studies=("start",),
         build=_nets.conv,
         epochs=25,
         noise=0.2,

@@ -219,7 +219,7 @@ def work(task, args):
 
 def runs_of(name, task, quick):
     if name.startswith(_study.SWEEP):
-        return 2 if quick else 3 * len(_methods.SWEEP)
+        return 2 if quick else 3 * 7
     if name in [m.name for m in _methods.ablations(1, 0, 0, [0])]:
         return task.seeds
     tuning = 0 if quick else 6 + _results.FINALISTS
