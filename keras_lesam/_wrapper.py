@@ -217,10 +217,9 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
     def _set_amount(
         self, name: str, value: Any, of: str = "sigma", **changes: Any
     ) -> None:
-        """Take another number for the budget, which does not retrace.
+        """Take another number `of` the budget, which does not retrace.
 
-        `of` is the budget's name for it; `changes` are those of the rule, if
-        it says the number too.
+        `changes` are those of the rule, if it says the number too.
         """
         budget = self.budget
         if _checks.is_schedule(value) or of not in budget.numbers():

@@ -41,6 +41,9 @@ class Method:
         cost: Float, rough cost of a step in plain steps, for the time left.
         smoothing: Name of the entry of a setting that is the label smoothing
             of the training loss, or `None` for none.
+        constant: Float, the share of the training before the learning rate
+            decays.
+        is_steady: Whether all epochs cost the same.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Method:
     budget: str | None = "rho"
     cost: float = 1.8
     smoothing: str | None = None
+    constant: float = 0.0
+    is_steady: bool = True
 
 
 def _grid(**values):
@@ -89,11 +94,12 @@ def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
     return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
 
 
-def relative(name, cost=1.8, shares=_SHARES, **options):
+def relative(name, cost=1.8, shares=_SHARES, rho_max=1.0, **options):
     """Make a `Method` of `LESAMModel` whose budget is a share of the loss."""
 
     def wrap(net, setting):
-        return LESAMModel(net, budgets.Relative(setting["share"]), **options)
+        budget = budgets.Relative(setting["share"])
+        return LESAMModel(net, budget, rho_max, **options)
 
     return Method(name, wrap, _grid(share=shares), "share", cost)
 
@@ -163,7 +169,46 @@ def within(name, start, stop, steps, cost):
         )
         return LESAMModel(net, window)
 
-    return Method(name, wrap, _grid(sigma=_SIGMAS), None, cost)
+    settings = _grid(sigma=_SIGMAS)
+    return Method(name, wrap, settings, None, cost, is_steady=False)
+
+
+@keras.saving.register_keras_serializable(package="benchmark")
+class AtTheEnd(budgets.Relative):
+    """A share of the loss in the last part of the training, 0 before.
+
+    Args:
+        share: Float >= 0.
+        start: Float in [0, 1], the share of the training that is plain.
+    """
+
+    def __init__(self, share=0.3, start=0.7):
+        super().__init__(share)
+        self.start = start
+
+    def __call__(self, progress, losses, state):
+        allowed = super().__call__(progress, losses, state)
+        if losses is None:
+            return allowed
+        has_begun = progress.fraction >= self.start
+        return keras.ops.where(has_begun, allowed, 0.0)
+
+    @property
+    def needs_length(self):
+        return True
+
+
+def at_the_end(name, start, constant=0.0):
+    """Make the relative budget in the last part of a training alone."""
+
+    def wrap(net, setting):
+        return LESAMModel(net, AtTheEnd(setting["share"], start))
+
+    settings = _grid(share=_SHARES)
+    return Method(
+        *(name, wrap, settings, "share", 1.3),
+        **{"constant": constant, "is_steady": False},
+    )
 
 
 def cheaper(steps):
@@ -174,6 +219,9 @@ def cheaper(steps):
 
     shares_and_rhos = _grid(alpha=(0.5, 0.7), rho=(0.1, 0.2, 0.4))
     large = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+    # Spent in one step of several, as many times as much.
+    twice = tuple(2 * share for share in _SHARES)
+    four_times = tuple(4 * share for share in _SHARES)
     return [
         # 12 of 50 rows: with 13, TensorFlow 2.21's oneDNN kernels sometimes
         # fail in the gradient, in plain training too.
@@ -203,6 +251,38 @@ def cheaper(steps):
                 cost=1.2,
             )
             for every in (4, 5)
+        ),
+        relative(*("share: every 2nd, cap 2", 1.5, twice, 2.0), ascent_every=2),
+        relative(
+            *("share: every 4th, cap 3", 1.25, four_times, 3.0), ascent_every=4
+        ),
+        relative("share: a quarter of the rows", 1.25, ascent_fraction=0.24),
+        relative("share: momentum", 1.05, ascent_from="momentum"),
+        at_the_end("share: last 30%", 0.7),
+        at_the_end("share: last 30%, with the decay", 0.7, constant=0.7),
+    ]
+
+
+# On long tails, where large climbs cost accuracy: one setting each.
+
+
+def is_of_features(variable):
+    """Return whether it is no weight of the output layer, the last one."""
+    return not variable.path.split("/")[-2].startswith("dense")
+
+
+def tail():
+    """List LE-SAM's ways to climb less, or elsewhere."""
+    one = (0.3,)
+    return [
+        relative("share 0.1", shares=(0.1,)),
+        relative("share 0.3, cap 0.3", 1.8, one, 0.3),
+        relative("share 0.3, cap 0.1", 1.8, one, 0.1),
+        relative("share 0.3, features", shares=one, perturb=is_of_features),
+        relative(
+            "share 0.3, normalization",
+            shares=one,
+            perturb=is_of_normalization,
         ),
     ]
 

@@ -1,7 +1,8 @@
-"""Tables and pictures of the results file."""
+"""Tables of the results file; the pictures are in `_drawings`."""
 
 import statistics
 
+import _drawings
 import _methods
 import numpy as np
 from scipy import stats
@@ -11,39 +12,51 @@ HEADER = (
     "setting",
     "test accuracy",
     "against SAM",
+    "at the best epoch",
     "cost",
     "eigenvalue",
     "rise",
     "died",
 )
-# In the sweep, a setting is good if its accuracy is within this of the best.
-NEAR = 0.03
+# The settings that a sweep is judged by are within this factor of the default.
+DEFAULTS = {_methods.SAM: 0.05, _methods.LESAM: 0.1, _methods.RELATIVE: 0.3}
+FACTOR = 3.01
 
 
 def show(results, tasks, picture):
-    """Print a table for each task, and draw the pictures.
+    """Print all tables, and draw the pictures.
 
     Args:
         results: A `_results.Results`.
         tasks: List of `_tasks.Task`.
-        picture: `pathlib.Path` of the picture of accuracy against cost; the
+        picture: `pathlib.Path` of the picture of the differences to SAM; the
             picture of the sweep is saved beside it.
     """
     shown = [t.name for t in tasks if methods_of(results, t.name)]
-    print(f"\n{summary(results, shown)}")
+    print(f"\nAfter the last epoch\n\n{summary(results, shown)}")
+    print(f"\nAt the best epoch\n\n{summary(results, shown, 'best_test')}")
     cheaper = [t for t in shown if gains(results, t)]
     if cheaper:
         print(f"\n{gain_table(results, cheaper)}")
     for task in shown:
         rows = [row(results, task, name) for name in methods_of(results, task)]
         print(f"\n{task}\n\n{markdown(HEADER, rows)}")
-    swept = [t for t in shown if sweep(results, t, _methods.LESAM)]
+        by_class = class_rows(results, task)
+        if by_class:
+            print(f"\n{markdown(['of class', *'0123456789'], by_class)}")
+    swept = [t for t in shown if sweep(results, t, _methods.RELATIVE)]
     if swept:
         print(f"\n{sweep_table(results, swept)}")
         beside = picture.with_name(f"{picture.stem}_sweep{picture.suffix}")
-        draw(results, swept, beside, draw_sweep)
+        curves = {
+            task: {m: sweep(results, task, m) for m in _methods.SWEEP}
+            for task in swept
+        }
+        _drawings.draw_sweeps(curves, plain_means(results, swept), beside)
     if shown:
-        draw(results, shown, picture, draw_costs)
+        _drawings.draw_differences(
+            {t: forest(results, t) for t in shown}, picture
+        )
 
 
 def all_methods():
@@ -52,6 +65,7 @@ def all_methods():
         _methods.plain(adam=False),
         *_methods.METHODS,
         *_methods.cheaper(1),
+        *_methods.tail(),
         *_methods.start(),
         *_methods.ablations(1, 0, 0, [0]),
     ]
@@ -72,17 +86,39 @@ def mean_and_interval(values):
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * error
 
 
-def summary(results, tasks):
-    """Make the table of the test accuracies of all tasks."""
+def summary(results, tasks, which="test"):
+    """Make the table of the test accuracies of all tasks.
+
+    Args:
+        results: A `_results.Results`.
+        tasks: Names of the tasks.
+        which: "test", or "best_test" at the epoch of the best validation
+            accuracy.
+    """
     names = [_methods.PLAIN, *(method.name for method in _methods.METHODS)]
     rows = []
     for name in names:
         cells = [name]
         for task in tasks:
             runs = results.finals(task, name).values()
-            cells.append(percent([r["test"] for r in runs]) if runs else "-")
+            runs = [run for run in runs if which in run]
+            cells.append(accuracy_text(runs, which) if runs else "-")
         rows.append(cells)
     return markdown(["", *tasks], rows)
+
+
+def accuracy_text(runs, which="test"):
+    """Write the mean accuracy of the runs that did not die, and the deaths.
+
+    At its best epoch a run may have lived.
+    """
+    runs = list(runs)
+    dead = [run for run in runs if which == "test" and run["died"]]
+    alive = [run[which] for run in runs if run not in dead]
+    text = percent(alive) if alive else ""
+    if dead:
+        text = f"{len(dead)}/{len(runs)} died" + (f", else {text}" * bool(text))
+    return text
 
 
 def gains(results, task):
@@ -93,13 +129,14 @@ def gains(results, task):
     names = (_methods.PLAIN, _methods.LESAM)
     plain, lesam = (accuracies(results, task, name) for name in names)
     found = {}
-    for name in (_methods.LESAM, *(m.name for m in _methods.cheaper(1))):
+    first = (_methods.LESAM, _methods.UNTUNED, _methods.RELATIVE)
+    for name in (*first, *(m.name for m in _methods.cheaper(1))):
         cheaper = accuracies(results, task, name)
         if plain and lesam and cheaper:
             mean = statistics.mean(plain)
             gain = statistics.mean(lesam) - mean
             found[name] = [(test - mean) / gain for test in cheaper]
-    return found if len(found) > 1 else {}
+    return found if len(found) > len(first) else {}
 
 
 def accuracies(results, task, name):
@@ -114,6 +151,9 @@ def gain_table(results, tasks):
     for name in dict.fromkeys(n for found in by_task.values() for n in found):
         cells = [name]
         for task, found in by_task.items():
+            if name not in found:
+                cells.append("-")
+                continue
             ratio = results.cost(task, name)
             cost = "" if ratio is None else f" at {ratio:.2f}x"
             share, interval = mean_and_interval(found[name])
@@ -125,24 +165,81 @@ def gain_table(results, tasks):
 def row(results, task, method):
     """Make the cells of the table for one method."""
     runs = results.finals(task, method)
-    sam = results.finals(task, _methods.SAM)
-    paired = sorted(set(runs) & set(sam))
-    differences = [runs[s]["test"] - sam[s]["test"] for s in paired]
+    differences = differences_to_sam(results, task, method)
     ratio = results.cost(task, method)
     values = list(runs.values())
     eigenvalues = [r["eigenvalue"] for r in values if "eigenvalue" in r]
     setting = ", ".join(f"{v:g}" for v in values[0]["setting"].values())
+    best = [r for r in values if "best_test" in r]
     itself = method == _methods.SAM or not differences
     return [
         method,
         setting,
-        percent([r["test"] for r in values]),
+        accuracy_text(values),
         "-" if itself else percent(differences, sign="+"),
+        accuracy_text(best, "best_test") if best else "-",
         "-" if ratio is None else f"{ratio:.2f}",
         f"{statistics.mean(eigenvalues):.2f}" if eigenvalues else "-",
         f"{statistics.mean(r['rise'] for r in values):.3f}",
         f"{sum(r['died'] for r in values)}/{len(values)}",
     ]
+
+
+def differences_to_sam(results, task, method):
+    """List the differences of test accuracies, seed by seed.
+
+    Without the seeds of which one of the two died.
+    """
+    runs = results.finals(task, method)
+    sam = results.finals(task, _methods.SAM)
+    return [
+        runs[seed]["test"] - sam[seed]["test"]
+        for seed in sorted(set(runs) & set(sam))
+        if not (runs[seed]["died"] or sam[seed]["died"])
+    ]
+
+
+def forest(results, task):
+    """List what the picture shows of each method: a dict for each."""
+    found = []
+    for name in (_methods.PLAIN, *(m.name for m in _methods.METHODS)):
+        runs = results.finals(task, name).values()
+        if runs:
+            differences = differences_to_sam(results, task, name)
+            mean, interval = np.nan, np.nan
+            if differences:
+                mean, interval = mean_and_interval(differences)
+            found.append(
+                {
+                    "name": name,
+                    "mean": 100 * mean,
+                    "interval": 100 * interval,
+                    "cost": results.cost(task, name),
+                    "died": sum(run["died"] for run in runs),
+                    "runs": len(runs),
+                }
+            )
+    return found
+
+
+def class_rows(results, task):
+    """Make the rows of the mean accuracies of each class, where known."""
+    rows = []
+    for name in methods_of(results, task):
+        runs = results.finals(task, name).values()
+        found = [run["by_class"] for run in runs if "by_class" in run]
+        if found:
+            means = np.mean(found, axis=0)
+            rows.append([name, *(f"{100 * mean:.0f}" for mean in means)])
+    return rows
+
+
+def plain_means(results, tasks):
+    """Compute plain training's mean test accuracy on each task."""
+    return {
+        task: statistics.mean(accuracies(results, task, _methods.PLAIN))
+        for task in tasks
+    }
 
 
 def percent(values, sign=""):
@@ -158,10 +255,10 @@ def markdown(header, rows):
 
 
 def sweep(results, task, method):
-    """List pairs of a radius or budget and the test accuracies with it."""
+    """List pairs of a value of the method and the test accuracies with it."""
     budget = {m.name: m.budget for m in _methods.METHODS}[method]
     found = []
-    for value in _methods.SWEEP:
+    for value in _methods.SWEEP[method]:
         # The same seeds for all, though the chosen one may have more.
         runs = results.at(task, method, {budget: value})
         accuracies = [r["test"] for seed, r in runs.items() if seed < 3]
@@ -171,130 +268,24 @@ def sweep(results, task, method):
 
 
 def sweep_table(results, tasks):
-    """Make the table of the sweep: means, and how many settings are good."""
-    header = ["sweep", "", *(f"{value:g}" for value in _methods.SWEEP)]
+    """Make the table of the sweep: means, and how bad a near value can be."""
     rows = []
     for task in tasks:
-        names = [_methods.SAM, _methods.LESAM]
-        found = {name: dict(sweep(results, task, name)) for name in names}
-        means = {
-            name: {v: statistics.mean(a) for v, a in by_value.items()}
-            for name, by_value in found.items()
-        }
-        best = max(max(by_value.values()) for by_value in means.values())
-        for name, by_value in means.items():
-            good = sum(m > best - NEAR for m in by_value.values())
-            rows.append(
-                [
-                    f"{task}: {name}",
-                    f"{good} of {len(by_value)} good",
-                    *(
-                        f"{100 * by_value[v]:.1f}" if v in by_value else "-"
-                        for v in _methods.SWEEP
-                    ),
-                ]
-            )
+        for name, default in DEFAULTS.items():
+            means = {
+                v: 100 * statistics.mean(a)
+                for v, a in sweep(results, task, name)
+            }
+            if not means:
+                continue
+            near = [
+                mean
+                for value, mean in means.items()
+                if default / FACTOR <= value <= default * FACTOR
+            ]
+            texts = [f"{mean:.1f} ({value:g})" for value, mean in means.items()]
+            lost = max(means.values()) - min(near)
+            rows.append([f"{task}: {name}", f"{lost:.1f}", *texts])
+    count = max(len(row) for row in rows) - 2
+    header = ["sweep", "lost within a factor of 3", *[""] * count]
     return markdown(header, rows)
-
-
-def draw(results, tasks, picture, draw_task):
-    """Draw a panel for each task, and one legend for all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(
-        *(rows, columns),
-        figsize=(4.4 * columns, 3.7 * rows + 1.2),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat[len(tasks) :]:
-        axis.axis("off")
-    handles = {}
-    for axis, task in zip(axes.flat, tasks):
-        draw_task(axis, results, task)
-        axis.set_title(task, fontsize=10)
-        axis.set_ylabel("test accuracy, %")
-        handles.update(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(5, len(handles)),
-        fontsize=8.5,
-    )
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
-def styles():
-    """Choose marker and color of each method; ten colors to a marker."""
-    from matplotlib import colormaps
-
-    groups = [
-        ([_methods.PLAIN], "X"),
-        ([m.name for m in _methods.METHODS if "LE-SAM" not in m.name], "o"),
-        ([m.name for m in _methods.METHODS if "LE-SAM" in m.name], "D"),
-        ([m.name for m in _methods.cheaper(1)], "v^"),
-        ([m.name for m in _methods.start()], "P"),
-    ]
-    colors = colormaps["tab10"].colors
-    return {
-        name: {
-            "marker": markers[i // len(colors)],
-            "color": colors[i % len(colors)],
-        }
-        for names, markers in groups
-        for i, name in enumerate(names)
-    }
-
-
-def draw_costs(axis, results, task):
-    """Draw accuracy against cost, without methods that mostly died."""
-    shown = styles()
-    lowest = []
-    for name in methods_of(results, task):
-        ratio = results.cost(task, name)
-        runs = results.finals(task, name).values()
-        died = statistics.mean(r["died"] for r in runs)
-        if ratio is None or name not in shown or died > 0.5:
-            continue
-        mean, interval = mean_and_interval([r["test"] for r in runs])
-        axis.errorbar(
-            *(ratio, 100 * mean, 100 * interval),
-            **shown[name],
-            label=name,
-            linestyle="none",
-            markersize=6.5,
-            elinewidth=0.8,
-        )
-        lowest.append(100 * (mean - (0 if died else interval)))
-    if lowest:
-        axis.set_ylim(min(lowest) - 2, min(axis.get_ylim()[1], 101))
-    axis.set_xlabel("cost (x plain training)")
-    axis.grid(alpha=0.3)
-
-
-def draw_sweep(axis, results, task):
-    """Draw accuracy against radius and budget, and the range of the seeds."""
-    for name, color in [
-        (_methods.SAM, "tab:blue"),
-        (_methods.LESAM, "tab:red"),
-    ]:
-        values, accuracies = zip(*sweep(results, task, name))
-        accuracies = 100 * np.array(accuracies)
-        label = "SAM, by rho" if name == _methods.SAM else "LE-SAM, by sigma"
-        axis.plot(values, accuracies.mean(1), "o-", color=color, label=label)
-        span = accuracies.min(1), accuracies.max(1)
-        axis.fill_between(values, *span, color=color, alpha=0.15)
-    plain = [r["test"] for r in results.finals(task, _methods.PLAIN).values()]
-    axis.axhline(
-        100 * statistics.mean(plain), color="gray", ls="--", label="plain"
-    )
-    axis.set_xscale("log")
-    axis.set_xlabel("rho (weight-space distance) or sigma (loss)")
-    axis.grid(alpha=0.3)

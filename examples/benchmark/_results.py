@@ -120,11 +120,12 @@ class Results:
         }
 
     def cost(self, task, method):
-        """Return the median of the ratios to plain training, or `None`."""
+        """Return the median of the ratios to plain training, or `None`.
+
+        Of the task's net, whatever it was trained on.
+        """
         if method == _methods.PLAIN:
             return 1.0
-        setting = self.chosen(task, method)
-        for line in self.of_method(task, method):
-            if line["seed"] == COST and line["setting"] == setting:
-                return statistics.median(line["ratios"])
-        return None
+        net = task.split(", ")[-1]
+        line = self.find(method=method, net=net, seed=COST)
+        return None if line is None else statistics.median(line["ratios"])

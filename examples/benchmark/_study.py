@@ -7,7 +7,7 @@ import _runs
 # Number of seeds for which the top eigenvalue is measured.
 CURVATURE_SEEDS = 3
 # A cost is the median of this number of pairs of blocks.
-PAIRS = 5
+PAIRS = 3
 SWEEP = "sweep: "
 
 
@@ -56,6 +56,7 @@ class Study:
         yield from _methods.METHODS
         steps = self.bench.steps * self.task.epochs
         yield from _methods.cheaper(steps)
+        yield from _methods.tail()
         yield from _methods.start()
         sigma, rho = (
             (self.results.chosen(self.task.name, name) or {}).get(budget, 0)
@@ -75,6 +76,8 @@ class Study:
     def compare(self, method):
         """Choose a setting and train with all seeds."""
         settings = method.settings
+        if self.task.fixed:
+            settings = [self.task.fixed[method.name]]
         if self.quick and method.name != _methods.PLAIN:
             settings = settings[:1]
         if len(settings) > 1:
@@ -110,19 +113,24 @@ class Study:
         key = self.key(method, setting, seed)
         if self.results.find(**key) is None:
             base = key.get("base", setting)
-            closely = seed in range(self.task.seeds) and not sweep
+            closely = (
+                seed in range(self.task.seeds)
+                and not sweep
+                and not self.task.fixed
+            )
             found = self.bench.run(
                 method, setting, base, seed, closely, curvature
             )
             self.results.add({**key, **found})
 
     def time(self, method):
-        setting = self.results.chosen(self.task.name, method.name)
-        key = self.key(method, setting, _results.COST)
-        if self.results.find(**key) is None:
+        of_net = {"method": method.name, "net": self.task.net}
+        if self.results.find(**of_net, seed=_results.COST) is None:
+            setting = self.results.chosen(self.task.name, method.name)
+            key = self.key(method, setting, _results.COST)
             pairs = 1 if self.quick else PAIRS
             ratios = self.bench.cost(method, setting, key["base"], pairs)
-            self.results.add({**key, "ratios": ratios})
+            self.results.add({**key, **of_net, "ratios": ratios})
 
     def key(self, method, setting, seed):
         key = {
@@ -138,14 +146,19 @@ class Study:
 
 def units(task, phase):
     """List the names of the units of a phase of a task."""
-    compared = [method.name for method in _methods.METHODS]
+    compared = [
+        method.name
+        for method in _methods.METHODS
+        if not task.fixed or method.name in task.fixed
+    ]
     studies = {
         "cheaper": [m.name for m in _methods.cheaper(1)],
+        "tail": [m.name for m in _methods.tail()],
         "start": [m.name for m in _methods.start()],
         "ablations": [m.name for m in _methods.ablations(1, 0, 0, [0])],
         "sweep": [SWEEP + name for name in _methods.SWEEP],
     }
-    studied = ("sweep", *task.studies)
+    studied = () if task.fixed else ("sweep", *task.studies)
     chosen = [name for study in studied for name in studies[study]]
     if phase == "plain":
         return [_methods.PLAIN]

@@ -50,8 +50,12 @@ class Task:
             those of the rarest; geometric in between.
         adam: Whether the optimizer is AdamW, not SGD with momentum.
         seeds: Integer, how many runs to report.
-        studies: Names of further studies: "cheaper", "start", "ablations".
+        studies: Names of further studies: "cheaper", "tail", "start",
+            "ablations".
         weight: Float, rough seconds of a plain run, for the time left.
+        augment: Whether pictures are shifted and mirrored in training.
+        fixed: Dict from the names of the methods that are compared to their
+            one setting; or `None`: all methods, tuned.
     """
 
     name: str
@@ -67,6 +71,13 @@ class Task:
     seeds: int = 5
     studies: tuple = ()
     weight: float = 1.0
+    augment: bool = False
+    fixed: dict | None = None
+
+    @property
+    def net(self):
+        """The name of its net, for which a method costs the same."""
+        return self.name.split(", ")[-1]
 
     def data(self, seed):
         """Make the `Data` of a seed."""
@@ -209,6 +220,7 @@ TASKS = [
     Task(
         "MNIST, long-tailed, resnet",
         **{**_MNIST, "train": 3000},
+        studies=("tail",),
         build=_resnet,
         epochs=50,
         imbalance=50.0,
@@ -229,4 +241,19 @@ def cifar_tasks(data_dir):
         "seeds": 3,
         "weight": 15.0,
     }
-    return [Task("CIFAR-10, 1,500, 20% wrong, resnet", noise=0.2, **shared)]
+    # More pictures and epochs, at the price of all tuning.
+    larger = {
+        **shared,
+        **{"train": 8000, "epochs": 40, "batch_size": 100, "weight": 110.0},
+        "augment": True,
+        "fixed": {
+            "plain": {"learning_rate": 0.1, "weight_decay": 0.005},
+            "SAM": {"rho": 0.05},
+            "LE-SAM": {"sigma": 0.1},
+            "relative, untuned": {"share": 0.3},
+        },
+    }
+    return [
+        Task("CIFAR-10, 1,500, 20% wrong, resnet", noise=0.2, **shared),
+        Task("CIFAR-10, 8,000, untuned, resnet", **larger),
+    ]

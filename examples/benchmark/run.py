@@ -220,7 +220,8 @@ def work(task, args):
 def runs_of(name, task, quick):
     if name.startswith(_study.SWEEP):
         return 2 if quick else 3 * 7
-    if name in [m.name for m in _methods.ablations(1, 0, 0, [0])]:
+    single = [*_methods.ablations(1, 0, 0, [0]), *_methods.tail()]
+    if name in [m.name for m in single]:
         return task.seeds
     tuning = 0 if quick else 6 + _results.FINALISTS
     return tuning + task.seeds
@@ -234,6 +235,7 @@ def relative_cost(name):
         _methods.plain(adam=False),
         *_methods.METHODS,
         *_methods.cheaper(1),
+        *_methods.tail(),
         *_methods.start(),
         *_methods.ablations(1, 0, 0, [0]),
     ]
