@@ -1,12 +1,14 @@
-"""Trains one small net twice, by SGD and by LE-SAM, and compares the two.
+"""Trains a small net by SGD and by LE-SAM, and compares the two.
 
     python quickstart.py
     python quickstart.py --data digits --epochs 60
 
 Both trainings start from the same weights and see the same batches: few
 images, some with a wrong label, so that memorising them does not generalise.
-Prints one table, draws one picture, and serves the trained net from a
-SavedModel. Takes about half a minute on two cores.
+That is repeated with other weights, batches and wrong labels. LE-SAM has its
+default settings. The best epoch is chosen on images that are kept aside for
+it. Prints one table, draws one picture, and serves a trained net from a
+SavedModel. Takes about a minute and a half on two cores.
 """
 
 import argparse
@@ -27,9 +29,12 @@ BATCH_SIZE = 50
 LEARNING_RATE = 0.05
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-METHODS = {"SGD": lambda net, sigma: net, "LE-SAM": LESAMModel}
+METHODS = {"SGD": lambda net: net, "LE-SAM": LESAMModel}
 COLORS = {"SGD": "#0072B2", "LE-SAM": "#D55E00"}
 
+VALIDATION = 500  # Images that choose the best epoch.
+# Student's t for a 95% interval of the mean, by the number of seeds.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
 TIMED_EPOCHS = 11
 DIRECTIONS = 20
 DISTANCES = np.linspace(-1, 1, 21)
@@ -50,7 +55,10 @@ class Run(NamedTuple):
     Attributes:
         name: String, the method.
         model: The `keras.Model` that was fitted.
-        history: Dict of lists, the logs of `fit`.
+        history: Dict of lists, the logs of `fit`; those that begin with
+            "val_" are of the validation images.
+        last: Float, the test accuracy after the last epoch.
+        best: Float, that after the epoch of the best validation accuracy.
         memorised: Float, the fraction of the wrong labels that the net
             predicts.
         losses: Array (directions, distances), the training loss around the
@@ -60,13 +68,10 @@ class Run(NamedTuple):
     name: str
     model: keras.Model
     history: dict
+    last: float
+    best: float
     memorised: float
     losses: np.ndarray
-
-    @property
-    def accuracy(self):
-        """Return the final test accuracy."""
-        return self.history["val_accuracy"][-1]
 
     @property
     def loss(self):
@@ -84,16 +89,17 @@ def main():
     args = parse_args()
     _common.require("matplotlib", "tqdm")
     data = load(args.data)
-    labels = _common.mislabel(data.y_train, WRONG_LABELS)
     tell_task(data, args)
 
-    sgd = train("SGD", data, labels, args)
-    lesam = train("LE-SAM", data, labels, args)
-    tell_results(sgd, lesam, time_epochs(data, labels, args))
+    runs = {method: [] for method in METHODS}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for method in METHODS:
+            runs[method].append(train(method, data, seed, args))
+    tell_results(runs, time_epochs(data, args))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    draw(sgd, lesam, args.output / "quickstart.png")
-    serve(lesam.model, data, args.output / "saved_model")
+    draw(runs, args.output / "quickstart.png")
+    serve(runs["LE-SAM"][0].model, data, args.output / "saved_model")
     print(f"All in {time.perf_counter() - begin:.0f} seconds, without imports.")
 
 
@@ -104,9 +110,9 @@ def parse_args():
     )
     add = parser.add_argument
     add("--epochs", type=int, default=30, help="epochs of each training")
-    add("--seed", type=int, default=0, help="of weights and data order")
+    add("--seed", type=int, default=0, help="the first of the seeds")
+    add("--seeds", type=int, choices=range(1, 10), default=5, help="how many")
     add("--data", choices=("mnist", "digits"), default="mnist", help="images")
-    add("--sigma", type=float, default=0.2, help="loss budget of LE-SAM")
     add(
         "--output",
         type=pathlib.Path,
@@ -116,8 +122,6 @@ def parse_args():
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error("--epochs: at least 1")
-    if args.sigma < 0:
-        parser.error("--sigma: at least 0")
     return args
 
 
@@ -133,8 +137,11 @@ def tell_task(data, args):
     tell(
         f"Training on {len(data.x_train):,} images of digits "
         f"({rows} x {cols} pixels), of which {WRONG_LABELS:.0%} have a wrong "
-        f"label, on purpose. Testing on {len(data.x_test):,} others, whose "
-        f"labels are right. LE-SAM's budget: sigma = {args.sigma}."
+        f"label, on purpose. {VALIDATION:,} others choose the best epoch, and "
+        f"{len(data.x_test) - VALIDATION:,} more are for the test; their "
+        f"labels are right. {args.seeds} seeds. LE-SAM: LESAMModel(net), with "
+        "its defaults. Both: SGD with momentum 0.9, and a learning rate from "
+        f"{LEARNING_RATE} to 0 on a cosine."
     )
 
 
@@ -153,10 +160,10 @@ def small_net(input_shape):
     )
 
 
-def new_model(method, data, args):
+def new_model(method, data, seed, args):
     """Make the compiled model; the seed gives all methods the same weights."""
-    keras.utils.set_random_seed(args.seed)
-    model = METHODS[method](small_net(data.x_train.shape[1:]), args.sigma)
+    keras.utils.set_random_seed(seed)
+    model = METHODS[method](small_net(data.x_train.shape[1:]))
     steps = args.epochs * -(-len(data.x_train) // BATCH_SIZE)
     learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     optimizer = keras.optimizers.SGD(learning_rate, momentum=0.9)
@@ -164,33 +171,52 @@ def new_model(method, data, args):
     return model
 
 
-def train(method, data, labels, args):
+class BestWeights(keras.callbacks.Callback):
+    """Keeps the weights of the epoch of the best validation accuracy."""
+
+    accuracy = -1.0
+
+    def on_epoch_end(self, epoch, logs):
+        if logs["val_accuracy"] > self.accuracy:
+            self.accuracy = logs["val_accuracy"]
+            self.weights = self.model.get_weights()
+
+
+def train(method, data, seed, args):
     """Train a new model and measure the loss around its minimum.
 
     Args:
         method: String, one of `METHODS`.
         data: The `_common.Digits`.
-        labels: Labels of the training images, some of them wrong.
+        seed: Integer, of weights, batches and wrong labels.
         args: The command line.
 
     Returns:
         A `Run`.
     """
-    model = new_model(method, data, args)
+    labels = _common.mislabel(data.y_train, WRONG_LABELS, seed)
+    model = new_model(method, data, seed, args)
+    best = BestWeights()
     history = model.fit(
         data.x_train,
         labels,
         batch_size=BATCH_SIZE,
         epochs=args.epochs,
-        validation_data=(data.x_test, data.y_test),
-        validation_batch_size=500,
+        validation_data=(data.x_test[:VALIDATION], data.y_test[:VALIDATION]),
+        validation_batch_size=VALIDATION,
         verbose=0,
-        callbacks=[_common.ProgressBar(method)],
+        callbacks=[_common.ProgressBar(f"{method} {seed}"), best],
     )
+    last = model.get_weights()
+    model.set_weights(best.weights)
+    at_best = accuracy(model, data)
+    model.set_weights(last)
     return Run(
         name=method,
         model=model,
         history=history.history,
+        last=accuracy(model, data),
+        best=at_best,
         memorised=memorised(model, data, labels),
         losses=_common.losses_around(
             model, LOSS, data.x_train, labels, DIRECTIONS, DISTANCES
@@ -198,7 +224,14 @@ def train(method, data, labels, args):
     )
 
 
-def time_epochs(data, labels, args):
+def accuracy(model, data):
+    """Compute the accuracy on the test images."""
+    x, y = data.x_test[VALIDATION:], data.y_test[VALIDATION:]
+    logits = model.predict(x, batch_size=500, verbose=0)
+    return np.mean(logits.argmax(-1) == y)
+
+
+def time_epochs(data, args):
     """Measure the seconds of an epoch of each method, without the first.
 
     The methods take turns, so that other load on the computer slows down both.
@@ -206,13 +239,15 @@ def time_epochs(data, labels, args):
     Returns:
         Dict of arrays (`TIMED_EPOCHS`,), by method.
     """
-    models = {method: new_model(method, data, args) for method in METHODS}
+    models = {
+        method: new_model(method, data, args.seed, args) for method in METHODS
+    }
     watches = {method: _common.Stopwatch() for method in METHODS}
     for _ in range(1 + TIMED_EPOCHS):
         for method, model in models.items():
             model.fit(
                 data.x_train,
-                labels,
+                data.y_train,
                 batch_size=BATCH_SIZE,
                 verbose=0,
                 callbacks=[watches[method]],
@@ -231,34 +266,57 @@ def tell(text):
     print(textwrap.fill(text, 79), end="\n\n", flush=True)
 
 
-def tell_results(sgd, lesam, seconds):
+def tell_results(runs, seconds):
+    """Print the table: means over the seeds, some with intervals."""
     print(
         "\n"
-        "       test      training  wrong labels  sharpness     seconds of\n"
-        "       accuracy  loss      learnt        mean   max    an epoch  ratio"
+        "            test accuracy             training  wrong labels  "
+        "sharpness  cost\n"
+        "            last epoch   best epoch   loss      learnt"
     )
-    for run in sgd, lesam:
-        own = seconds[run.name]
+    for method, found in runs.items():
+        ratio = np.median(seconds[method] / seconds["SGD"])
         print(
-            f"{run.name:<7}{run.accuracy:<10.1%}{run.loss:<10.3f}"
-            f"{run.memorised:<14.1%}"
-            f"{run.rises.mean():<7.3f}{run.rises.max():<7.3f}"
-            f"{np.median(own):<10.3f}{np.median(own / seconds['SGD']):.2f}"
+            f"{method:<12}{percent([run.last for run in found]):<13}"
+            f"{percent([run.best for run in found]):<13}"
+            f"{np.mean([run.loss for run in found]):<10.3f}"
+            f"{np.mean([run.memorised for run in found]):<14.1%}"
+            f"{np.mean([run.rises.mean() for run in found]):<11.3f}{ratio:.2f}"
         )
-    print()
+    pairs = [*zip(*runs.values())]
+    print(
+        f"{'difference':<12}"
+        f"{percent([b.last - a.last for a, b in pairs], '+'):<13}"
+        f"{percent([b.best - a.best for a, b in pairs], '+')}\n"
+    )
     tell(
-        f"Sharpness: rise of the training loss at distance {RADIUS} from the "
-        f"minimum, both ways along {DIRECTIONS} random filter-normalised "
-        "directions (at distance 1, each filter has moved by its own norm). "
-        "Training loss and sharpness count the wrong labels in. Seconds, "
-        f"ratio: medians of {TIMED_EPOCHS} pairs of epochs, without the first."
+        f"Means of {len(pairs)} seeds in percent, with 95% intervals; the "
+        "difference is seed by seed. Best epoch: of the best validation "
+        f"accuracy. Sharpness: rise of the training loss at distance {RADIUS} "
+        f"from the minimum, both ways along {DIRECTIONS} random "
+        "filter-normalised directions (at distance 1, each filter has moved by "
+        "its own norm). Training loss and sharpness count the wrong labels in. "
+        f"Cost: median of {TIMED_EPOCHS} pairs of epochs, without the first."
     )
 
 
-def draw(sgd, lesam, path):
-    """Draw the curves of both trainings and the loss around both minima."""
+def percent(values, sign=""):
+    """Write the mean of fractions in percent, with its 95% interval."""
+    text = f"{100 * np.mean(values):{sign}.1f}"
+    if len(values) < 2:
+        return text
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{text} ± {100 * T95[len(values)] * error:.1f}"
+
+
+def draw(runs, path):
+    """Draw the curves of both trainings and the loss around both minima.
+
+    Accuracies of all seeds, the rest of the first one.
+    """
     import matplotlib.pyplot as plt
 
+    sgd, lesam = (found[0] for found in runs.values())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
             [["loss", "budget"], ["loss", "rho"], ["accuracy", "around"]],
@@ -267,7 +325,7 @@ def draw(sgd, lesam, path):
             layout="constrained",
         )
         draw_loss(axes["loss"], sgd, lesam)
-        draw_accuracy(axes["accuracy"], sgd, lesam)
+        draw_accuracy(axes["accuracy"], runs)
         draw_budget(axes["budget"], lesam)
         draw_rho(axes["rho"], lesam)
         draw_around(axes["around"], sgd, lesam)
@@ -288,11 +346,17 @@ def draw_loss(axis, sgd, lesam):
     axis.legend(loc="lower left")
 
 
-def draw_accuracy(axis, sgd, lesam):
-    for run in sgd, lesam:
-        plot(axis, run, "val_accuracy", color=COLORS[run.name], label=run.name)
+def draw_accuracy(axis, runs):
+    for method, found in runs.items():
+        values = np.array([run.history["val_accuracy"] for run in found])
+        epochs, color = np.arange(values.shape[1]) + 1, COLORS[method]
+        span = values.min(0), values.max(0)
+        axis.fill_between(epochs, *span, color=color, alpha=0.2, lw=0)
+        axis.plot(epochs, values.mean(0), color=color, label=method)
     axis.set(
-        title="Test: all labels are right", xlabel="epoch", ylabel="accuracy"
+        title=f"Validation, all labels right: {len(found)} seeds",
+        xlabel="epoch",
+        ylabel="accuracy: mean, range",
     )
     axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axis.legend(loc="lower right")
@@ -302,14 +366,14 @@ def draw_budget(axis, lesam):
     plot(axis, lesam, "sharpness", color=COLORS[lesam.name])
     plot(axis, lesam, "sigma", color="black", linestyle="--")
     axis.set(
-        title="The climb of LE-SAM: mean of each epoch",
+        title="LE-SAM's ascent steps, by epoch",
         ylabel="loss",
         ylim=(0, None),
     )
     axis.tick_params(labelbottom=False)
     axis.legend(
         ["sharpness: the rise reached", "sigma: the budget"],
-        loc="lower center",
+        loc="lower left",
     )
 
 
@@ -322,7 +386,7 @@ def draw_rho(axis, lesam):
         ylim=(0, 1.1 * lesam.model.rho_max),
     )
     axis.legend(
-        ["rho: the distance climbed", "rho_max: its cap"],
+        ["rho: the length of the perturbation", "rho_max: its cap"],
         loc="upper center",
         bbox_to_anchor=(0.5, 0.9),
     )
