@@ -15,6 +15,7 @@ from keras_lesam import _engines
 from keras_lesam import _guard
 from keras_lesam import _inspection
 from keras_lesam import _passes
+from keras_lesam import _reference
 from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
@@ -83,7 +84,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         )
         self._state = StepState(self._add_state_variable)
         self._passes: _engines.Passes = _engines.StatelessPasses()
-        self._output_specs: Any = None  # Known once there was a batch.
+        self._output_specs: Any = None  # Of a batch, once there was one.
         self._train_functions: dict[bool, Any] = {}
         self._metrics_can_wait = False
         self._built_for_training = False
@@ -245,8 +246,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         variables = self.trainable_variables
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
+            outputs = self._output_specs or _reference.declared(self.model)
             initial = self._plan.init_state(
-                weights, self._output_specs, self._scalar_dtype
+                weights, outputs, self._scalar_dtype
             )
             with _workarounds.unlocked(self):
                 self._state.build(

@@ -52,7 +52,7 @@ def test_quickstart(tmp_path):
         *("quickstart.py", "--epochs", "2", "--data", "digits"),
         *("--seed", "1", "--output", str(tmp_path)),
     )
-    for word in ("SGD", "LE-SAM", "accuracy", "sharpness", "ratio"):
+    for word in ("SGD", "LE-SAM", "accuracy", "sharpness", "difference"):
         assert word in output
     assert (tmp_path / "quickstart.png").stat().st_size > 50_000
     assert (tmp_path / "saved_model" / "saved_model.pb").exists()

@@ -1114,3 +1114,26 @@ def test_a_share_assigned_later_takes_effect_without_a_retrace():
         assert budgets_met[0] > 0
         np.testing.assert_allclose(budgets_met, budgets_met[0], rtol=1e-5)
         assert len(seen) == count
+
+
+def functional_net():
+    inputs = keras.Input((8,))
+    outputs = {"a": layers.Dense(3)(inputs), "b": layers.Dense(1)(inputs)}
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize("build", [dense_net, functional_net])
+def test_the_weights_are_as_many_before_a_training_as_after(build):
+    """So that what was taken before can be put back."""
+    x, y = classification_data(rows=16)
+    if build is functional_net:
+        x, y = np.ones((16, 8)), {"a": np.ones((16, 3)), "b": np.ones((16, 1))}
+    model = LESAMModel(build())
+    loss = crossentropy() if build is dense_net else "mse"
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    before, paths = model.get_weights(), [v.path for v in model.weights]
+    first = model.fit(x, y, verbose=0, shuffle=False).history
+    assert [v.path for v in model.weights] == paths
+    model.set_weights(before)
+    model.optimizer.iterations.assign(0)
+    assert model.fit(x, y, verbose=0, shuffle=False).history == first
