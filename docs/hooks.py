@@ -1,0 +1,68 @@
+"""What the site takes from the repository as it is: tables and pictures.
+
+Every Markdown file in `TABLES` becomes a page, `tables/<name>.md`, listed on
+`tables.md`; every picture in `PICTURES` is at `pictures/<name>`. A new table
+or picture needs no edit here.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+TABLES = ("examples/results", "examples/benchmark", "tools/results")
+PICTURES = ("examples/results", "examples/benchmark")
+# The list of the tables goes here.
+LIST = "<!-- all tables -->"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the tables and the pictures of the repository to the site."""
+    for path in found(TABLES, ".md"):
+        files.append(
+            File.generated(config, f"tables/{path.name}", content=page(path))
+        )
+    for path in found(PICTURES, ".png"):
+        name = f"pictures/{path.name}"
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """List the tables where a page asks for them."""
+    del page
+    rows = [
+        f"- [{title(path)}](tables/{path.name}) "
+        f"(`{path.relative_to(ROOT).as_posix()}`)"
+        for path in found(TABLES, ".md")
+    ]
+    return markdown.replace(LIST, "\n".join(rows))
+
+
+def found(folders: Any, suffix: str) -> list[Path]:
+    """Return the files of some folders, by name."""
+    paths = [p for f in folders for p in (ROOT / f).glob(f"*{suffix}")]
+    return sorted(paths, key=lambda path: path.name)
+
+
+def title(path: Path) -> str:
+    """Return the first heading of a table, or the name of its file."""
+    first = re.search(r"^# (.+)$", path.read_text(), re.MULTILINE)
+    return first[1] if first else path.stem.replace("_", " ").capitalize()
+
+
+def page(path: Path) -> str:
+    """Return a table as a page: with a heading, and links that go somewhere."""
+    text = path.read_text()
+    if not re.search(r"^# ", text, re.MULTILINE):
+        text = f"# {title(path)}\n\n{text}"
+    return re.sub(r"\]\((?!https?:)([^)#]+)[^)]*\)", _link, text)
+
+
+def _link(match: re.Match) -> str:
+    target = Path(match[1])
+    if target.suffix == ".png":
+        return f"](../pictures/{target.name})"
+    return f"]({target.name})" if target.suffix == ".md" else f"](#) `{target}`"
