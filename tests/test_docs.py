@@ -13,6 +13,7 @@ import pytest
 
 from tests.test_house import PUBLIC
 from tests.test_package import ROOT
+from tests.test_package import run_python
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -22,7 +23,7 @@ FENCE = re.compile(r"^([ >]*)```(.*?)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 OTHERS = {
     "tf-keras": "tf_keras",
     "optax": "optax",
-    "PyTorch": "torch",
+    "davda54/sam": "sam",
     "KerasTuner": "keras_tuner",
     "ONNX": "tf2onnx",
 }
@@ -66,16 +67,36 @@ def test_the_code_runs(page, tmp_path, monkeypatch):
     namespace = {"__name__": "docs"}
     for block in blocks(page):
         assert block.language in ("python", "bash", "text"), block
-        if block.language != "python":
-            continue
-        # Errors name the line of the page.
-        source = "\n" * (block.line - 1) + block.code
-        code = compile(source, page, "exec")
-        if block.title:
-            needed = OTHERS[block.title]
-            if importlib.util.find_spec(needed) is None:
-                continue
-        exec(code, namespace)
+        if block.language == "python" and not block.title:
+            # Errors name the line of the page.
+            source = "\n" * (block.line - 1) + block.code
+            exec(compile(source, page, "exec"), namespace)
+
+
+WITH_OTHERS = [
+    (page, block) for page in PAGES for block in blocks(page) if block.title
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), WITH_OTHERS, ids=[b.title for _, b in WITH_OTHERS]
+)
+def test_the_code_with_other_packages_runs(page, block, tmp_path):
+    """After those before it, in a process of its own: not all get along."""
+    compile(block.code, page, "exec")
+    module = OTHERS[block.title]
+    if importlib.util.find_spec(module) is None:
+        return
+    before = [
+        other.code
+        for other in blocks(page)
+        if other.line < block.line
+        and other.language == "python"
+        and not other.title
+    ]
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([f"import {module}", *before, block.code]))
+    run_python(f"exec(open({str(script)!r}).read())", cwd=tmp_path)
 
 
 @every_page
@@ -158,7 +179,8 @@ def test_what_pages_include_is_there():
 def test_pages_are_short():
     """An answer in a minute: what is included comes below it."""
     for page in PAGES:
-        assert len(page.read_text().splitlines()) <= 220, page
+        lines = len(page.read_text().splitlines())
+        assert lines <= 250, (page, lines)
 
 
 def test_links_between_pages():
