@@ -1,8 +1,8 @@
 """What the site takes from the repository as it is: tables and pictures.
 
 Every Markdown file in `TABLES` becomes a page, `tables/<name>.md`, listed on
-`tables.md`; every picture in `PICTURES` is at `pictures/<name>`. A new table
-or picture needs no edit here.
+`tables.md`; every picture in `PICTURES` is at `pictures/<name>`, those of the
+benchmark on `benchmark.md`. A new table or picture needs no edit here.
 """
 
 import re
@@ -14,8 +14,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 TABLES = ("examples/results", "examples/benchmark", "tools/results")
 PICTURES = ("examples/results", "examples/benchmark")
-# The list of the tables goes here.
+# In their place pages have the list of the tables, the benchmark's pictures.
 LIST = "<!-- all tables -->"
+DRAWN = "<!-- pictures of the benchmark -->"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -31,14 +32,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """List the tables where a page asks for them."""
+    """List tables and pictures where a page asks for them."""
     del page
     rows = [
         f"- [{title(path)}](tables/{path.name}) "
         f"(`{path.relative_to(ROOT).as_posix()}`)"
         for path in found(TABLES, ".md")
     ]
-    return markdown.replace(LIST, "\n".join(rows))
+    drawn = [
+        f"![{title(path)}](pictures/{path.name})"
+        for path in found(("examples/benchmark",), ".png")
+    ]
+    markdown = markdown.replace(LIST, "\n".join(rows))
+    return markdown.replace(DRAWN, "\n\n".join(drawn))
 
 
 def found(folders: Any, suffix: str) -> list[Path]:
@@ -49,8 +55,11 @@ def found(folders: Any, suffix: str) -> list[Path]:
 
 def title(path: Path) -> str:
     """Return the first heading of a table, or the name of its file."""
-    first = re.search(r"^# (.+)$", path.read_text(), re.MULTILINE)
-    return first[1] if first else path.stem.replace("_", " ").capitalize()
+    if path.suffix == ".md":
+        first = re.search(r"^# (.+)$", path.read_text(), re.MULTILINE)
+        if first:
+            return first[1]
+    return path.stem.replace("_", " ").capitalize()
 
 
 def page(path: Path) -> str:
