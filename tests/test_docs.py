@@ -201,5 +201,3 @@ def test_links_between_pages():
             path = (page.parent / target).resolve()
             inside = path.relative_to(DOCS).as_posix()
             assert path.exists() or inside in pictures | tables, (page, target)
-
-
