@@ -1,11 +1,8 @@
 """The site: its code runs, its commands are there, its reference is whole."""
 
-import functools
 import importlib
 import importlib.util
 import re
-import subprocess
-import sys
 import textwrap
 from typing import NamedTuple
 
@@ -107,15 +104,6 @@ def test_lines_of_code_are_short(page):
             assert len(line) <= 80, line
 
 
-@functools.cache
-def help_of(script):
-    command = [sys.executable, str(ROOT / script), "--help"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-
-
 def test_commands_are_there():
     """Scripts and their options, and the extras of the package."""
     project = (ROOT / "pyproject.toml").read_text()
@@ -135,9 +123,9 @@ def check_command(line, extras):
         for name in re.findall(r"\[(\w+)\]", line):
             assert name in extras, line
     elif words[0] == "python" and words[1] != "-m":
-        assert (ROOT / words[1]).exists(), line
+        source = (ROOT / words[1]).read_text()
         for option in re.findall(r" (--[\w-]+)", line):
-            assert option in help_of(words[1]), line
+            assert f'"{option}"' in source, line
     else:
         assert line in ("python -m pytest", "mkdocs serve"), line
 
