@@ -67,11 +67,14 @@ def page(path: Path) -> str:
     text = path.read_text()
     if not re.search(r"^# ", text, re.MULTILINE):
         text = f"# {title(path)}\n\n{text}"
-    return re.sub(r"\]\((?!https?:)([^)#]+)[^)]*\)", _link, text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)([^)]+)\)", _link, text)
 
 
 def _link(match: re.Match) -> str:
-    target = Path(match[1])
-    if target.suffix == ".png":
-        return f"](../pictures/{target.name})"
-    return f"]({target.name})" if target.suffix == ".md" else f"](#) `{target}`"
+    """Return a link to the same file on the site, or what it says."""
+    text, target = match[1], Path(match[2]).name
+    if target in {path.name for path in found(PICTURES, ".png")}:
+        return f"[{text}](../pictures/{target})"
+    if target in {path.name for path in found(TABLES, ".md")}:
+        return f"[{text}]({target})"
+    return text
