@@ -15,14 +15,16 @@ from tests.test_package import run_python
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^([ >]*)```(.*?)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-# Blocks that need another package say so in their title. The test extra does
-# not bring all of them: of those that are missing the code is compiled.
+# Blocks that need another package, or a newer Keras, say so in their title. The
+# test extra does not bring all of them: where the module is missing the code is
+# compiled.
 OTHERS = {
     "tf-keras": "tf_keras",
     "optax": "optax",
     "davda54/sam": "sam",
     "KerasTuner": "keras_tuner",
     "ONNX": "tf2onnx",
+    "LiteRT": "keras.src.export.litert",
 }
 
 
