@@ -119,9 +119,11 @@ def draw_sweeps(curves, plain, path):
         axis.set_title(task, fontsize=10)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy, %")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    found = {}
+    for axis in axes.flat:
+        found.update(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(
-        *(handles, labels),
+        *(found.values(), found.keys()),
         loc="outside lower center",
         ncols=2 if columns > 1 else 1,
         fontsize=9,
