@@ -29,6 +29,8 @@ from keras_lesam import ascents
 from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
+from keras_lesam._loop import GradientRecord
+from keras_lesam._loop import SharpnessAwareGradients
 from keras_lesam._model import LESAMModel
 from keras_lesam._sam import SAMModel
 from keras_lesam._version import __version__
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from keras_lesam import landscape
 
 __all__ = [
+    "GradientRecord",
     "LESAMModel",
     "SAMModel",
+    "SharpnessAwareGradients",
     "SharpnessAwareModel",
     "__version__",
     "ascents",

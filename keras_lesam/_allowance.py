@@ -3,9 +3,23 @@
 import tensorflow as tf
 
 from keras_lesam import _results
+from keras_lesam._records import States
 from keras_lesam._records import StepContext
 from keras_lesam._records import StepInputs
 from keras_lesam.budgets import Losses
+from keras_lesam.budgets import Progress
+
+
+def inputs(
+    context: StepContext, progress: Progress, states: States
+) -> StepInputs:
+    """Return what a step is told; the budget too, if it goes by time alone."""
+    budget = context.budget(progress, None, states["budget"])
+    if budget is not None:
+        budget = _results.scalar(
+            context.budget, "__call__", budget, context.dtype
+        )
+    return StepInputs(progress, states, budget)
 
 
 def limit(context: StepContext, losses: Losses | None) -> tf.Tensor | None:

@@ -108,6 +108,16 @@ class Commit:
         with self._after([]):
             _passes.commit([*others, *scope.updates])
 
+    def write_state(self, values: list[Any], tensors: Any) -> None:
+        """Write what was noted alone, once a nest of tensors is computed.
+
+        Args:
+            values: What `note` returned.
+            tensors: Nest of tensors, what the step is to return.
+        """
+        with self._after([values, tensors]):
+            _passes.commit([*zip(self._variables, values)])
+
     @contextlib.contextmanager
     def _after(self, values: Any) -> Iterator[None]:
         """Let what is made in the context run after all that was made before.

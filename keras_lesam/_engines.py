@@ -310,26 +310,27 @@ def _wrong_gradients(
         return found
 
     def compare(gradients: Callable[[Batch], list[Any]]) -> list[bool]:
-        return [_are_close(a, b) for a, b in zip(*gradients(sample))]
+        return [are_close(a, b) for a, b in zip(*gradients(sample))]
 
     try:
         if tf.executing_eagerly():
-            are_close = compare(gradients)
+            found = compare(gradients)
         else:
             # In a thread of its own, which is in no graph and under no tape.
             traced = tf.function(gradients, autograph=False)
             with concurrent.futures.ThreadPoolExecutor(1) as executor:
-                are_close = executor.submit(compare, traced).result()
+                found = executor.submit(compare, traced).result()
     except (tf.errors.OpError, ValueError, TypeError):
         return findings.closures
     return [
         variable
-        for variable, is_close in zip(model.trainable_variables, are_close)
+        for variable, is_close in zip(model.trainable_variables, found)
         if not is_close
     ]
 
 
-def _are_close(a: Any, b: Any) -> bool:
+def are_close(a: Any, b: Any) -> bool:
+    """Return whether a gradient is the stock one `b`; `None` is 0."""
     if b is None or a is None:
         return a is None and (b is None or not np.any(tf.convert_to_tensor(b)))
     a, b = (tf.cast(t, tf.float64).numpy() for t in (a, b))

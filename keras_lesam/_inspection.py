@@ -13,6 +13,7 @@ run: with variables, and hence as plain Keras would train.
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -108,25 +109,25 @@ def inspect(model: keras.Model, stock: StockPass) -> Findings:
     trainable = [*model.trainable_variables]
     # A loss of several outputs writes a metric for each.
     variables = [*model.variables, *model.metrics_variables]
-    by_handle = _by_handle(stock, variables)
-    nested = [*_nested_nodes(stock, stock.operations)]
+    by_handle = variables_by_handle(stock, variables)
+    nested = [*nested_nodes(stock, stock.operations)]
     hidden = [
         variable
         for operation in stock.operations
         if operation.type in _CALLS
-        for variable in _variables_of(operation, by_handle)
+        for variable in variables_read(operation, by_handle)
     ]
     if any(_calls_with_variables(node, stock) for node in nested):
         hidden += [v for v in trainable if id(v) not in _ids(hidden)]
     assigned = [
         variable
         for operation in stock.operations
-        if _is_assignment(operation.type)
-        for variable in _variables_of(operation, by_handle)
+        if is_assignment(operation.type)
+        for variable in variables_read(operation, by_handle)
     ]
     return Findings(
         hidden=_unique(hidden),
-        has_nested_state=any(_is_assignment(node.op) for node in nested),
+        has_nested_state=any(is_assignment(node.op) for node in nested),
         assigned=[v for v in _unique(assigned) if id(v) in _ids(trainable)],
         closures=_closures(stock, by_handle, nested, trainable),
         accessed=_unique(by_handle.values()),
@@ -140,14 +141,16 @@ def has_nested_metrics(stock: StockPass) -> bool:
     which keeps what it was traced with.
     """
     metrics = stock.graph.get_operations()[len(stock.operations) :]
-    nested = [*_nested_nodes(stock, metrics)]
+    nested = [*nested_nodes(stock, metrics)]
     nodes = [*(operation.node_def for operation in metrics), *nested]
-    return any(_is_assignment(node.op) for node in nested) or any(
+    return any(is_assignment(node.op) for node in nested) or any(
         _calls_with_variables(node, stock) for node in nodes
     )
 
 
-def _by_handle(stock: StockPass, variables: list[Any]) -> dict[str, Any]:
+def variables_by_handle(
+    stock: StockPass, variables: Sequence[Any]
+) -> dict[str, Any]:
     """Return the variables by the names of the handles that the graph uses."""
     known = {id(h): v for v in variables for h in _handles(v.value)}
     return {
@@ -169,15 +172,17 @@ def _handles(value: Any) -> list[Any]:
     return [copy.handle for copy in copies if hasattr(copy, "handle")]
 
 
-def _variables_of(operation: Any, by_handle: dict[str, Any]) -> list[Any]:
+def variables_read(operation: Any, by_handle: dict[str, Any]) -> list[Any]:
+    """Return the variables whose handles an operation is given."""
     return [by_handle[t.name] for t in operation.inputs if t.name in by_handle]
 
 
-def _is_assignment(kind: str) -> bool:
+def is_assignment(kind: str) -> bool:
+    """Return whether operations of a type write a variable."""
     return kind.startswith("Assign") or kind.startswith("ResourceScatter")
 
 
-def _nested_nodes(stock: StockPass, operations: list[Any]) -> Iterable[Any]:
+def nested_nodes(stock: StockPass, operations: list[Any]) -> Iterable[Any]:
     """Yield the nodes of all functions that operations of the graph use."""
     library = _library(stock)
     names = [
@@ -230,28 +235,35 @@ def _closures(
     TensorFlow hands such a function's arguments, and the variables that it
     closes over, to one operation with the results.
     """
-    if any(_has_own_gradient(node) for node in nested):
+    if any(has_own_gradient(node) for node in nested):
         return trainable
     used = [
         variable
         for operation in stock.operations
-        if _has_own_gradient(operation.node_def)
+        if has_own_gradient(operation.node_def)
         for tensor in operation.inputs
-        for variable in _variables_behind(tensor.op, by_handle)
+        for variable in variables_behind(tensor.op, by_handle)
     ]
     return [v for v in _unique(used) if id(v) in _ids(trainable)]
 
 
-def _variables_behind(operation: Any, by_handle: dict[str, Any]) -> list[Any]:
+def variables_behind(operation: Any, by_handle: dict[str, Any]) -> list[Any]:
     """Return the variable that an operation reads, casts between left out."""
-    while operation.type in ("Identity", "Cast") and operation.inputs:
-        operation = operation.inputs[0].op
+    operation = source_of(operation)
     if operation.type != "ReadVariableOp":
         return []
-    return _variables_of(operation, by_handle)
+    return variables_read(operation, by_handle)
 
 
-def _has_own_gradient(node: Any) -> bool:
+def source_of(operation: Any) -> Any:
+    """Return the operation whose result one hands on, or casts."""
+    while operation.type in ("Identity", "Cast") and operation.inputs:
+        operation = operation.inputs[0].op
+    return operation
+
+
+def has_own_gradient(node: Any) -> bool:
+    """Return whether a node is a function with a gradient of its own."""
     name = node.attr["_gradient_op_type"].s
     return bool(name.startswith(_CUSTOM_GRADIENT))
 

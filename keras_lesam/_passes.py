@@ -281,15 +281,33 @@ class RecordingScope(keras.StatelessScope):
         super().__init__(state_mapping, collect_losses=True)
         self._updated: dict[int, Any] = {}
         self._graph = tf.compat.v1.get_default_graph()
+        self._asking: Any = None
+
+    def get_current_value(self, variable: Any) -> Any:
+        """Return the value in the scope, that of the variable if none is.
+
+        Keras takes it for the weights of all regularizers, also of weights
+        that are not among those in the scope.
+        """
+        value = super().get_current_value(variable)
+        if value is None and self._asking is not variable:
+            self._asking = variable
+            try:
+                # It asks here first.
+                value = variable.value
+            finally:
+                self._asking = None
+        return value
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         variable, _ = update
         if tf.compat.v1.get_default_graph() is not self._graph:
             raise ValueError(
-                "`model` writes state inside of a branch, a loop or a "
+                "State is written inside of a branch, a loop or a "
                 "`tf.function`, from where a pass that writes nothing cannot "
-                "carry it. One replica trains such a model in place, several "
-                f"cannot. Received: model with the state {variable.path!r}"
+                "carry it. One replica trains such a `model` in place; several "
+                "cannot, nor can a `loss_fn`. Received: the state "
+                f"{variable.path!r}"
             )
         self._updated[id(variable)] = variable
         super().add_update(update)

@@ -7,6 +7,7 @@ model's config.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -66,13 +67,12 @@ class StepState:
 
     def read(self) -> States:
         """Return the states as tensors."""
-        return tf.nest.map_structure(
-            lambda name: (
-                None
-                if name is None
-                else tf.convert_to_tensor(self._variables[name].value)
-            ),
+        return pack(
             self._names,
+            {
+                name: tf.convert_to_tensor(variable.value)
+                for name, variable in self._variables.items()
+            },
         )
 
     def assign(self, states: States, before: States) -> None:
@@ -85,31 +85,12 @@ class StepState:
         Raises:
             ValueError: if the states are not of the structure of those before.
         """
-        try:
-            tf.nest.assert_same_structure(self._names, states)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                "`update` must return a state like the one it was given. "
-                f"Received: {states}, where the state is {self._names}"
-            ) from error
-        flat = [tf.nest.flatten(n) for n in (self._names, states, before)]
-        for name, value, _ in zip(*flat):
-            if name is not None:
-                self._check_shape(name, value)
-        for name, value, old in zip(*flat):
-            if name is not None and value is not old:
+        shapes = {name: v.shape for name, v in self._variables.items()}
+        found = unpack(self._names, states, shapes)
+        old = unpack(self._names, before, shapes)
+        for name, value in found.items():
+            if value is not old[name]:
                 self._variables[name].assign(value)
-
-    def _check_shape(self, name: str, value: Any) -> None:
-        expected = self._variables[name].shape
-        shape = getattr(value, "shape", None)
-        if shape is None or not tf.TensorShape(expected).is_compatible_with(
-            shape
-        ):
-            raise ValueError(
-                "`update` must return a state like the one it was given. "
-                f"Received: {name!r} of shape {shape}, where it was {expected}"
-            )
 
     def save(self, store: Any) -> None:
         """Write all values into a Keras store, by name."""
@@ -188,12 +169,9 @@ def scalar_variable(value: Any, dtype: Any, name: str) -> keras.Variable:
     )
 
 
-def scalar_dtype(model: keras.Model) -> str:
+def scalar_dtype(*dtypes: str) -> str:
     """Return the dtype of norm, radius and budget: the weights', or float32."""
-    wide = "float64" in (
-        model.dtype_policy.variable_dtype,
-        keras.config.floatx(),
-    )
+    wide = "float64" in (*dtypes, keras.config.floatx())
     return "float64" if wide else "float32"
 
 
@@ -205,6 +183,61 @@ def _assign_checked(name: str, variable: Any, value: Any) -> None:
             f"shape {tuple(variable.shape)}"
         )
     variable.assign(value)
+
+
+def names_of(initial: States, positions: list[int]) -> States:
+    """Return the names of states in their structure, `None` where is none.
+
+    Args:
+        initial: The states before the first step.
+        positions: What lists of a state are numbered by.
+    """
+    return _map_names(
+        lambda name, value: None if value is None else name, initial, positions
+    )
+
+
+def pack(names: States, values: Mapping[str, Any]) -> States:
+    """Return the states that have these values by name."""
+    return tf.nest.map_structure(
+        lambda name: None if name is None else values[name], names
+    )
+
+
+def unpack(
+    names: States, states: States, shapes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the values of states by name.
+
+    Args:
+        names: What `names_of` or the like has returned.
+        states: What a step has returned.
+        shapes: The shape of each value, by name.
+
+    Raises:
+        ValueError: if the states are not of the structure or of the shapes of
+            those before.
+    """
+    try:
+        tf.nest.assert_same_structure(names, states)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`update` must return a state like the one it was given. "
+            f"Received: {states}, where the state is {names}"
+        ) from error
+    pairs = zip(tf.nest.flatten(names), tf.nest.flatten(states))
+    found = {name: value for name, value in pairs if name is not None}
+    for name, value in found.items():
+        expected = shapes[name]
+        shape = getattr(value, "shape", None)
+        if shape is None or not tf.TensorShape(expected).is_compatible_with(
+            shape
+        ):
+            raise ValueError(
+                "`update` must return a state like the one it was given. "
+                f"Received: {name!r} of shape {shape}, where it was {expected}"
+            )
+    return found
 
 
 def _map_names(

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from keras_lesam import _allowance
 from keras_lesam import _checks
 from keras_lesam import _engines
 from keras_lesam import _guard
 from keras_lesam import _inspection
+from keras_lesam import _mask
 from keras_lesam import _passes
 from keras_lesam import _reference
 from keras_lesam import _results
@@ -69,9 +70,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._perturbation_scope = _checks.choice(
             "perturbation_scope", perturbation_scope, ("replica", "global")
         )
-        self._perturb = _check_perturb(perturb)
+        self._perturb = _mask.check(perturb)
         self._plan = plan
-        self._scalar_dtype = scalar_dtype(model)
+        self._scalar_dtype = scalar_dtype(model.dtype_policy.variable_dtype)
         plan.check_dtype(self._scalar_dtype)
         self._numbers = Numbers(
             {"rule": plan.rule, "budget": plan.budget},
@@ -182,14 +183,8 @@ class SharpnessAwareTrainer(DelegatingModel):
 
     def _step_inputs(self, context: StepContext) -> StepInputs:
         """Return what this step is told."""
-        states = self._state.read()
         progress = self._progress(self.optimizer.iterations)
-        budget = context.budget(progress, None, states["budget"])
-        if budget is not None:
-            budget = _results.scalar(
-                context.budget, "__call__", budget, context.dtype
-            )
-        return StepInputs(progress, states, budget)
+        return _allowance.inputs(context, progress, self._state.read())
 
     def _update_metrics(self, step: Step) -> dict[str, Any]:
         """Update loss, metrics and statistics; return the logs."""
@@ -215,12 +210,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         stock, self._output_specs = _passes.build(self, batch)
         if not self.trainable_variables:
             return
-        if not any(self._perturb_mask()):
-            raise ValueError(
-                "`perturb` selects none of the trainable variables. "
-                f"Received: perturb={self._perturb!r}, for variables "
-                f"{[v.path for v in self.trainable_variables]}"
-            )
+        _mask.refuse_none(self._perturb, self.trainable_variables)
         with tf.init_scope():
             self._build_state()
         self._passes = _engines.choose(self, stock, batch)
@@ -269,11 +259,7 @@ class SharpnessAwareTrainer(DelegatingModel):
 
     def _perturb_mask(self) -> list[bool]:
         """Return which of the trainable variables are perturbed."""
-        return [
-            _passes.is_weight(v)
-            and (self._perturb is None or _moves(self._perturb, v))
-            for v in self.trainable_variables
-        ]
+        return _mask.of(self._perturb, self.trainable_variables)
 
     def _save_state(self, store: Any) -> None:
         """Save what steps have told the next, by name."""
@@ -284,29 +270,6 @@ class SharpnessAwareTrainer(DelegatingModel):
         # The inner model may have been built since, by a first batch.
         self._build_state()
         self._state.load(store)
-
-
-def _check_perturb(perturb: Any) -> Any:
-    is_class = isinstance(perturb, type)
-    if perturb is not None and (is_class or not callable(perturb)):
-        raise TypeError(
-            "`perturb` must be a callable from a variable to bool, or "
-            f"None. Received: perturb={_checks.short(perturb)}"
-        )
-    return perturb
-
-
-def _moves(perturb: Callable[[Any], Any], variable: Any) -> bool:
-    """Return whether a variable is perturbed, by the truth of an answer."""
-    answer = perturb(variable)
-    if tf.is_tensor(answer) or isinstance(
-        answer, np.ndarray | keras.Variable | type(NotImplemented)
-    ):
-        raise TypeError(
-            "`perturb` must return True or False for a variable. Received: "
-            f"{_checks.short(answer)} for {variable.path!r}"
-        )
-    return bool(answer)
 
 
 def _refuse_stateful_parts(

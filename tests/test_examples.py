@@ -39,7 +39,7 @@ def run(script, *arguments):
     "script",
     [
         *("quickstart", "defaults", "speed", "second_order", "curvature"),
-        *("distributed", "scaling", "cifar"),
+        *("distributed", "scaling", "cifar", "gan", "distillation"),
         *("benchmark/run", "benchmark/speed"),
     ],
 )
@@ -131,6 +131,25 @@ def test_curvature(tmp_path):
     for word in ("SGD", "SAM", "LE-SAM", "eigenvalues", "trace"):
         assert word in output
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("plain", [[], ["--plain"]])
+def test_gan(plain, tmp_path):
+    picture = tmp_path / "picture.png"
+    output = run(
+        *("gan.py", "--epochs", "2", "--every", "1"),
+        *("--output", str(picture), *plain),
+    )
+    assert output.count("Epoch") == 2
+    assert ("rho 0.000" in output) == bool(plain)
+    assert "generator: loss" in output
+    assert picture.stat().st_size > 1_000
+
+
+def test_distillation():
+    output = run("distillation.py", "--epochs", "2")
+    for word in ("Teacher", "Student, plain", "Student, LE-SAM", "accuracy"):
+        assert word in output
 
 
 def test_scaling():
