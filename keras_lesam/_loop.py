@@ -123,7 +123,8 @@ class SharpnessAwareGradients:
     Args:
         rule: One of `keras_lesam.rules`. `None`: `rules.LossEquated()`.
         budget: One of `keras_lesam.budgets`, or a number, or a schedule.
-            `None`: the rule's own.
+            `None`: the rule's own, which for `LossEquated` is a share of the
+            loss.
         ascent: One of `keras_lesam.ascents`. `None`: `ascents.FullBatch()`, or
             what the rule asks for.
         curvature: One of `keras_lesam.estimators`, or `"none"`, `"hvp"`,

@@ -21,29 +21,7 @@ DEFAULT_RHO_MAX = 1.0
 class LESAMModel(AscentArguments, SharpnessAwareModel):
     """Trains a Keras model by Loss-Equated Sharpness-Aware Minimization.
 
-    Wrap a model, `compile` and `fit` as ever. Each step looks at the batch
-    twice: once at the weights `w`, to find the direction in which the loss
-    rises, and once at `w + eps`, so far along it that the loss has risen by
-    the budget `sigma`. The optimizer then applies the gradient found there to
-    `w`. SAM (Foret et al. 2021) fixes the length of `eps` instead; how much
-    the loss rises over it then depends on the gradient.
-
-    By default the budget is a share of the loss, `budgets.Relative(0.3)`: it
-    has no unit and no schedule, and need not know how long the training is.
-    `sigma=0.1` is the paper's budget, in loss units.
-
-    ```
-    s       = ||T g||                      ascent norm, logged as gradient_norm
-    eps     = rho T^2 g / s                rho = min(sigma / s, rho_max)
-    g_hat   = grad L(w + eps) - alpha g    what the optimizer applies
-    ```
-
-    `L` is the loss that `fit` minimises: data loss, `add_loss` and
-    regularizers, before any loss scaling. Random layers draw the same numbers
-    in both passes; batch normalization statistics, seeds and metrics advance
-    once, from the first. The weights themselves are never moved to `w + eps`.
-    Where the budget or `s` is 0, the step is a step of plain `fit`, at the
-    cost of one.
+    Wrap a model, `compile` and `fit` as ever; nothing has to be set.
 
     Example:
 
@@ -58,6 +36,39 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     ['gradient_norm', 'loss', 'rho', 'sharpness', 'sigma']
     >>> model.model is net  # a plain Keras model, with the trained weights
     True
+
+    By default the budget is a share of the loss, `budgets.Relative(0.3)`: it
+    has no unit and no schedule, and need not know how long the training is.
+    `sigma=0.1` is the paper's budget, in loss units. The arguments below are in
+    this order, and few need more than the first three:
+
+    ```
+    the model    model, sigma (the budget), rho_max
+    budget       warmup, anneal, guard, total_steps: of a number
+    ascent       ascent_from, ascent_fraction, ascent_every, num_batch_splits
+    scope        perturb, perturbation_scope
+    curvature    curvature, hvp_method
+    update       adaptive, alpha
+    ```
+
+    Each step looks at the batch twice: once at the weights `w`, to find the
+    direction in which the loss rises, and once at `w + eps`, so far along it
+    that the loss has risen by the budget `sigma`. The optimizer then applies
+    the gradient found there to `w`. SAM (Foret et al. 2021) fixes the length of
+    `eps` instead; how much the loss rises over it then depends on the gradient.
+
+    ```
+    s       = ||T g||                      ascent norm, logged as gradient_norm
+    eps     = rho T^2 g / s                rho = min(sigma / s, rho_max)
+    g_hat   = grad L(w + eps) - alpha g    what the optimizer applies
+    ```
+
+    `L` is the loss that `fit` minimises: data loss, `add_loss` and
+    regularizers, before any loss scaling. Random layers draw the same numbers
+    in both passes; batch normalization statistics, seeds and metrics advance
+    once, from the first. The weights themselves are never moved to `w + eps`.
+    Where the budget or `s` is 0, the step is a step of plain `fit`, at the
+    cost of one.
 
     The logs of `fit` (never those of `evaluate`) have, as means over the
     steps of an epoch: `sigma`, the budget (loss units); `gradient_norm`, the
@@ -101,22 +112,6 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             each `fit` is about to do: steps of an epoch times `epochs`. If
             you call `fit` in a loop, pass it: each call would warm up and
             anneal anew.
-        curvature: How `k`, the curvature along the ascent direction, is taken
-            into account, for a budget met to second order: `"none"`, the
-            paper's first order; `"hvp"`, exactly, by a Hessian-vector product
-            of each batch; `"secant"`, at no extra pass, by a running mean of
-            what the steps before have shown (`ascent_fraction` must be 1).
-        hvp_method: How `"hvp"` differentiates twice:
-            `"reverse_over_reverse"`, which `"auto"` is, goes everywhere and
-            makes no forward pass of its own; or `"forward_over_reverse"`,
-            which has no rule for the loops of recurrent layers.
-        adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
-        alpha: Float in [0, 1], the share of the plain gradient left out of
-            the update. 0 is the paper's default.
-        num_batch_splits: Integer > 0, m-sharpness (Foret et al. 2021): each
-            batch in so many parts, each with its own `eps`; the update is the
-            mean of their `g_hat`. State such as batch normalization
-            statistics advances once a part.
         ascent_from: Which gradient finds `eps`: that of the `"batch"` itself,
             in a pass of its own; or, in steps of one pass, which cost what
             plain training does, that of the `"previous"` step (AsyncSAM, Xie
@@ -133,15 +128,31 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         ascent_every: Integer > 0. Only one step in so many has an ascent,
             those where it divides `optimizer.iterations`; the others are plain
             steps of one pass. The logs are means over both.
+        num_batch_splits: Integer > 0, m-sharpness (Foret et al. 2021): each
+            batch in so many parts, each with its own `eps`; the update is the
+            mean of their `g_hat`. State such as batch normalization
+            statistics advances once a part.
+        perturb: Callable from a `keras.Variable` to bool: which weights are
+            perturbed (the others have `T` = 0). `None`: all. To save the
+            model, register it with `keras.saving`.
         perturbation_scope: Under `tf.distribute`, `"replica"`: each replica
             takes the perturbation of its own part of the batch, as with
             `num_batch_splits`, and nothing more is communicated than in plain
             training; or `"global"`: all take that of one device on the whole
             batch, for which the gradients of the first pass are summed over
             the replicas.
-        perturb: Callable from a `keras.Variable` to bool: which weights are
-            perturbed (the others have `T` = 0). `None`: all. To save the
-            model, register it with `keras.saving`.
+        curvature: How `k`, the curvature along the ascent direction, is taken
+            into account, for a budget met to second order: `"none"`, the
+            paper's first order; `"hvp"`, exactly, by a Hessian-vector product
+            of each batch; `"secant"`, at no extra pass, by a running mean of
+            what the steps before have shown (`ascent_fraction` must be 1).
+        hvp_method: How `"hvp"` differentiates twice:
+            `"reverse_over_reverse"`, which `"auto"` is, goes everywhere and
+            makes no forward pass of its own; or `"forward_over_reverse"`,
+            which has no rule for the loops of recurrent layers.
+        adaptive: Bool. `T` is `|w|` (ASAM, Kwon et al. 2021) instead of 1.
+        alpha: Float in [0, 1], the share of the plain gradient left out of
+            the update. 0 is the paper's default.
         name: Name of the model.
 
     Attributes:

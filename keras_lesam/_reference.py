@@ -236,8 +236,8 @@ def _start(state: State, plain: tf.Tensor) -> tuple[tf.Tensor, State]:
     It is the loss itself until there were enough of them.
     """
     warnings.warn(
-        "The loss does not go by the outputs of the model, whose mean would "
-        "tell what it has learnt: the budget goes by the mean loss of the "
+        "The loss does not go by the outputs of a model, whose mean would "
+        "tell what has been learnt: the budget goes by the mean loss of the "
         f"first {FIRST_STEPS} steps instead, which is of no use in "
         "fine-tuning. Pass budgets.Relative the loss of a model that has "
         "learnt nothing as `reference_loss`.",

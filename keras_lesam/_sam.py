@@ -33,7 +33,15 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
     >>> sorted(history.history)
     ['gradient_norm', 'loss', 'rho', 'sharpness']
 
-    The logs of `fit` are those of `LESAMModel` without `sigma`.
+    The logs of `fit` are those of `LESAMModel` without `sigma`. The arguments
+    are in this order, and few need more than the first three:
+
+    ```
+    the model    model, rule, rho
+    budget       warmup, anneal, guard, total_steps: `rho` over time
+    ascent       ascent_from, ascent_fraction, ascent_every, num_batch_splits
+    scope        perturb, perturbation_scope
+    ```
 
     Args:
         model: As in `LESAMModel`.
@@ -50,14 +58,14 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
             where it would raise the loss, to first order, by more than this
             share of what the model has learnt; see `LESAMModel`.
         total_steps: As in `LESAMModel`; so are the arguments below.
-        num_batch_splits: Integer > 0, m-sharpness.
         ascent_from: `"batch"`, `"previous"` or `"momentum"`. For `SAM`, `ASAM`
             and `UnnormalizedSAM`: the others ask for the gradient of the
             batch at the weights.
         ascent_fraction: Float in (0, 1].
         ascent_every: Integer > 0; `LookSAM` has an `every` of its own.
-        perturbation_scope: `"replica"` or `"global"`.
+        num_batch_splits: Integer > 0, m-sharpness.
         perturb: Callable from a `keras.Variable` to bool, or `None`.
+        perturbation_scope: `"replica"` or `"global"`.
         name: Name of the model.
 
     Attributes:

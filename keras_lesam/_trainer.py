@@ -93,6 +93,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._is_evaluating = False
         self._build_state()
 
+    # Nor does `fit` let autograph convert it.
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one step: gradients by the ascent, one update, logs."""
         if self._is_plain:

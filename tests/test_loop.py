@@ -623,7 +623,7 @@ def test_replicas_as_fit(name, scope, build):
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("LE-SAM", False), ("Friendly", True), ("warm-up", False)],
+    [("Friendly", True), ("warm-up", False), ("none", True)],
 )
 def test_train_step_in_a_function(name, whole):
     """Of one step, or of an epoch; as `fit`, logs too."""

@@ -76,6 +76,14 @@ def test_the_version_of_the_wheel_is_that_of_the_package(wheel):
     assert keras_lesam.__version__ == version
 
 
+def test_the_version_is_said_in_one_place():
+    """And cited: a release compares both with its tag."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    [cited] = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    assert cited == keras_lesam.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_the_wheel_runs_without_the_sources(wheel, tmp_path):
     code = "import keras_lesam; print(keras_lesam.LESAMModel.__module__)"
     code += "; print(keras_lesam.__file__)"

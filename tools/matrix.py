@@ -177,7 +177,8 @@ def smoke():
         np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
         assert loaded.fit(x, y, verbose=0).history["loss"], name
         model.export(name, verbose=False)
-        served = tf.saved_model.load(name).serve(x)
+        exported = tf.saved_model.load(name)
+        served = exported.serve(x)
         np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-5)
     keras_lesam.curvature.top_eigenvalues(model, x, y, k=1)
 
