@@ -199,6 +199,7 @@ class SharpnessAwareTrainer(DelegatingModel):
 
     # What waits for a first batch.
 
+    @_workarounds.creating_now()
     def _build_for_training(self, batch: Batch) -> None:
         if self._built_for_training:
             return

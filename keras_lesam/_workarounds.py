@@ -276,6 +276,28 @@ def refuse_xla() -> tf.Tensor:
 
 
 @contextlib.contextmanager
+def creating_now() -> Iterator[None]:
+    """Create variables outside of the functions that are being traced.
+
+    A `tf.function` that has created variables, in `tf.init_scope` too, is
+    traced once more, and with it the model:
+    https://www.tensorflow.org/guide/function#creating_tfvariables
+    """
+
+    def create(next_creator: Callable[..., Any], **kwargs: Any) -> Any:
+        now = {**kwargs, "experimental_enable_variable_lifting": False}
+        try:
+            with tf.init_scope():
+                return next_creator(**now)
+        except Exception:
+            # Its value may come from the function: let TensorFlow lift it.
+            return next_creator(**kwargs)
+
+    with tf.variable_creator_scope(create):
+        yield
+
+
+@contextlib.contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     """Let a built layer be given new weights within the context.
 

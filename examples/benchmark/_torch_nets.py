@@ -16,6 +16,18 @@ def dense(shape, units=2048):
     )
 
 
+def conv(shape):
+    stack, before = [], shape[-1]
+    for filters, strides in [(16, 1), (32, 2), (32, 1), (64, 2)]:
+        stack.append(nn.Conv2d(before, filters, 3, strides, padding=1))
+        stack.append(nn.ReLU())
+        before = filters
+    # Two strides, each of which rounds up.
+    rows, columns = ((side + 3) // 4 for side in shape[:2])
+    dense = nn.Linear(rows * columns * before, CLASSES)
+    return nn.Sequential(*stack, nn.Flatten(), dense)
+
+
 def resnet(shape, width=16, depth=3):
     channels = shape[-1]
     blocks = [_convolution(channels, width, 1), nn.ReLU()]

@@ -14,7 +14,15 @@ RHO = 0.05
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 PLAIN = "plain"
-SHAPES = {"dense": (28, 28, 1), "resnet": (32, 32, 3), "vit": (28, 28, 1)}
+SHAPES = {
+    "dense": (28, 28, 1),
+    "conv": (28, 28, 1),
+    "resnet": (32, 32, 3),
+    "vit": (28, 28, 1),
+}
+# Not of pictures but of words, `EMBEDDING` of them; with each optimizer.
+EMBEDDING = (1_000_000, 64)
+WORDS = {"embedding": (32,), "embedding_adam": (32,)}
 UNITS = 2048
 
 
@@ -22,8 +30,8 @@ def keras_trainee(library, net, method, mode, data, batch_size):
     """Make a trainee of Keras 3 or tf-keras, trained by `fit`.
 
     Args:
-        library: "keras_lesam" or "tf-keras".
-        net: A key of `SHAPES`.
+        library: "keras_lesam", "by hand" or "tf-keras".
+        net: A key of `SHAPES` or `WORDS`.
         method: "plain", or one of `speed.METHODS` for the library.
         mode: "graph" or "XLA".
         data: Arrays of pictures and labels.
@@ -33,15 +41,17 @@ def keras_trainee(library, net, method, mode, data, batch_size):
         # The nets are written for Keras 3; these layers are the same in both.
         sys.modules["keras"] = importlib.import_module("tf_keras")
     import _common
-    import _nets
     import keras
 
-    build = getattr(_nets, net)
-    options = {"units": UNITS} if net == "dense" else {}
-    inner = build(SHAPES[net], **options)
+    inner = _keras_net(net)
     model = _WRAPPERS[library, method](inner)
+    optimizer = keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM)
+    if net == "embedding":
+        optimizer = keras.optimizers.SGD(LEARNING_RATE)
+    elif net == "embedding_adam":
+        optimizer = keras.optimizers.Adam(LEARNING_RATE)
     model.compile(
-        keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
+        optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=mode == "XLA",
     )
@@ -61,6 +71,25 @@ def keras_trainee(library, net, method, mode, data, batch_size):
     return epoch, sum(math.prod(shape) for shape in shapes)
 
 
+def _keras_net(net):
+    import _nets
+    from keras import Input
+    from keras import Sequential
+    from keras import layers
+
+    if net in SHAPES:
+        options = {"units": UNITS} if net == "dense" else {}
+        return getattr(_nets, net)(SHAPES[net], **options)
+    return Sequential(
+        [
+            Input(WORDS[net], dtype="int32"),
+            layers.Embedding(*EMBEDDING),
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(10),
+        ]
+    )
+
+
 def _plain(net):
     return net
 
@@ -73,6 +102,13 @@ def _lesam(**options):
         return LESAMModel(net, sigma=0.1, warmup=0, anneal=0, **options)
 
     return wrap
+
+
+def _lesam_by_default(net):
+    from keras_lesam import LESAMModel
+    from keras_lesam import budgets
+
+    return LESAMModel(net, budgets.Relative(0.3))
 
 
 def _sam(net):
@@ -89,6 +125,12 @@ def _look(net):
     return SAMModel(net, rules.LookSAM(RHO, every=4))
 
 
+def _by_hand(net):
+    from _by_hand import HandWrittenSAM
+
+    return HandWrittenSAM(net, RHO)
+
+
 def _tf_keras_sam(net):
     import tf_keras
 
@@ -100,9 +142,12 @@ _WRAPPERS = {
     ("keras_lesam", PLAIN): _plain,
     ("keras_lesam", "SAM"): _sam,
     ("keras_lesam", "LE-SAM"): _lesam(),
+    ("keras_lesam", "LE-SAM default"): _lesam_by_default,
     ("keras_lesam", "LE-SAM secant"): _lesam(curvature="secant"),
     ("keras_lesam", "LE-SAM, every 4th"): _lesam(ascent_every=4),
     ("keras_lesam", "LookSAM, every 4th"): _look,
+    ("by hand", PLAIN): _plain,
+    ("by hand", "SAM"): _by_hand,
     ("tf-keras", PLAIN): _plain,
     ("tf-keras", "SAM"): _tf_keras_sam,
 }
@@ -170,6 +215,7 @@ def _torch_step(module, method):
 
 TRAINEES = {
     "keras_lesam": keras_trainee,
+    "by hand": keras_trainee,
     "tf-keras": keras_trainee,
     "pytorch_optimizer": torch_trainee,
 }
