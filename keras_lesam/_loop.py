@@ -161,19 +161,7 @@ class SharpnessAwareGradients:
             "perturbation_scope", perturbation_scope, ("replica", "global")
         )
         self._perturb = _mask.check(perturb)
-        if self._plan.budget.needs_length and total_steps is None:
-            raise ValueError(
-                "The budget's warm-up and annealing are shares of the whole "
-                "training: pass its `total_steps`, or set warmup=0 and "
-                f"anneal=0. Received: budget={self._plan.budget!r}, "
-                "total_steps=None"
-            )
-        if not self._plan.ascent.sees_all_rows:
-            raise ValueError(
-                "A loss function has no rows to take a fraction of: use "
-                "another ascent, such as ascents.Every(4). Received: "
-                f"ascent={self._plan.ascent!r}"
-            )
+        _check_plan(self._plan, total_steps)
         # What was found out, so as not to look again.
         self._layouts: dict[Any, _Layout] = {}
         self._meeting: dict[Any, bool] = {}
@@ -249,9 +237,7 @@ class SharpnessAwareGradients:
         context, refusals = self._look_at(function)
         layout = self._layout(variables)
         states, iterations = layout.read(state)
-        progress = budgets.Progress(
-            iterations, self._fraction(iterations, context.dtype)
-        )
+        progress = _progress(iterations, self._total_steps, context.dtype)
         inputs = _allowance.inputs(context, progress, states)
 
         def report(step: Step) -> tuple[Any, States, list[Any], Any]:
@@ -292,12 +278,6 @@ class SharpnessAwareGradients:
                 initial = self._initial(variables)
             self._layouts[key] = _Layout.of(initial, len(variables))
         return self._layouts[key]
-
-    def _fraction(self, iterations: tf.Tensor, dtype: Any) -> tf.Tensor:
-        """Return the share of the training done, 0 if its length is unknown."""
-        if self._total_steps is None:
-            return tf.zeros((), dtype)
-        return tf.cast(iterations, dtype) / self._total_steps
 
     def _look_at(
         self, function: LossFunction
@@ -398,6 +378,23 @@ class _Layout(NamedTuple):
         return found
 
 
+def _check_plan(plan: TrainingPlan, total_steps: int | None) -> None:
+    """Raise `ValueError` for what a loss function has not."""
+    if plan.budget.needs_length and total_steps is None:
+        raise ValueError(
+            "The budget's warm-up and annealing are shares of the whole "
+            "training: pass its `total_steps`, or set warmup=0 and "
+            f"anneal=0. Received: budget={plan.budget!r}, "
+            "total_steps=None"
+        )
+    if not plan.ascent.sees_all_rows:
+        raise ValueError(
+            "A loss function has no rows to take a fraction of: use "
+            "another ascent, such as ascents.Every(4). Received: "
+            f"ascent={plan.ascent!r}"
+        )
+
+
 def _refusals(context: StepContext) -> list[tf.Tensor]:
     """Return operations that fail where XLA would get a step wrong."""
     if not isinstance(context.estimator, estimators.Exact):
@@ -406,6 +403,16 @@ def _refusals(context: StepContext) -> list[tf.Tensor]:
     if not _hessian.has_max_pooling(operations):
         return []
     return [_workarounds.refuse_xla()]
+
+
+def _progress(
+    iterations: tf.Tensor, total_steps: int | None, dtype: Any
+) -> budgets.Progress:
+    """Return where in the training a step is; 0 if its length is unknown."""
+    if total_steps is None:
+        return budgets.Progress(iterations, tf.zeros((), dtype))
+    fraction = tf.cast(iterations, dtype) / total_steps
+    return budgets.Progress(iterations, fraction)
 
 
 def _dtype(variables: Sequence[Any]) -> str:

@@ -52,9 +52,7 @@ class SharpnessAwareModel(SharpnessAwareTrainer):
     ['gradient_norm', 'loss', 'rho', 'sharpness', 'sigma']
 
     The logs are those of `LESAMModel`; `sigma` is the budget, whatever its
-    unit. Rule, budget, ascent and curvature estimator are one object each, and
-    their own arguments are said where they are; what is left is the scope:
-    `num_batch_splits`, `perturb`, `perturbation_scope`.
+    unit. Rule, budget, ascent and curvature have arguments of their own.
 
     Args:
         model: A `keras.Model`; see `LESAMModel`.
