@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 # What counts steps is an int64.
 LARGEST_INTEGER = 2**63 - 1
@@ -225,3 +226,21 @@ def _interval(minimum: float, maximum: float, above: bool, below: bool) -> str:
     if math.isinf(maximum):
         return f"finite and {low}"
     return f"{low} and {'less than' if below else 'at most'} {maximum:g}"
+
+
+def changing(name: str, value: Any) -> None:
+    """Raise `ValueError` for what a graph would keep as it is now.
+
+    Args:
+        name: Of the argument.
+        value: A tensor or variable that the next step has another value of.
+    """
+    is_variable = hasattr(value, "assign")
+    if tf.executing_eagerly() or is_variable or tf.is_symbolic_tensor(value):
+        return
+    raise ValueError(
+        f"`{name}` would be a constant of the graph that is being traced, the "
+        "same in all steps: give it to the `tf.function` as an argument, or "
+        "keep tf.Variables of it, and assign them what a step returns. "
+        f"Received: {name}={short(value)}"
+    )

@@ -277,7 +277,8 @@ def _refuse_custom_steps(model: keras.Model) -> None:
         raise ValueError(
             "`model` has training logic of its own, which a step of two "
             "passes cannot call. Move what it computes into `call`, "
-            "`compute_loss` or `compute_metrics`, which are honoured. "
+            "`compute_loss` or `compute_metrics`, which are honoured, or use "
+            "SharpnessAwareGradients in your own `train_step`. "
             f"Received: model={model.name!r} of class "
             f"{type(model).__name__}, which overrides {', '.join(refused)}"
         )

@@ -211,7 +211,8 @@ class SharpnessAwareGradients:
             variables: List of Keras variables, such as
                 `model.trainable_variables`.
             state: What `init_state` returned, or the step before in its
-                record; tensors or variables.
+                record; tensors or variables. In a `tf.function` an argument of
+                it, or variables.
             optimizer: The Keras optimizer that the gradients are for: they are
                 multiplied by its loss scale, which it takes away. `None` for
                 gradients of the loss itself.
@@ -353,6 +354,7 @@ class _Layout(NamedTuple):
                 f"variables, or the record of the step before: {[*specs]}. "
                 f"Received: state={_checks.short(state)}"
             )
+        _checks.changing("state", state[ITERATIONS])
         values = {
             name: _tensor(name, state[name], spec)
             for name, spec in specs.items()

@@ -667,3 +667,27 @@ def test_lesam_model_is_this():
     model.fit(x, y, BATCH, 2, verbose=0, shuffle=False)
     by_loop(found, x, y, rules.LossEquated(rho_max=1.0), 0.1)
     assert_same_weights(found, expected)
+
+
+def test_a_state_that_a_graph_would_keep_is_refused():
+    """It would be that of the first step for ever, and the training plain."""
+    net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    variables = net.trainable_variables
+    lesam = SharpnessAwareGradients(
+        rules.LossEquated(), budgets.Relative(0.3, reference_loss=2.0)
+    )
+    x = np.ones((8, 4), "float32")
+    kept = lesam.init_state(variables)
+
+    def step(state):
+        def loss_fn():
+            return tf.reduce_mean((net(x) - 1.0) ** 2)
+
+        return lesam(loss_fn, variables, state, None)[1].state
+
+    with pytest.raises(ValueError, match=r"`state` would be a constant"):
+        tf.function(lambda: step(kept))()
+    assert int(step(kept)["iterations"]) == 1
+    assert int(tf.function(step)(kept)["iterations"]) == 1
+    in_variables = tf.nest.map_structure(tf.Variable, kept)
+    assert int(tf.function(lambda: step(in_variables))()["iterations"]) == 1
