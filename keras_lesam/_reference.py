@@ -73,23 +73,6 @@ def init_state(
     return state
 
 
-def declared(model: keras.Model) -> list[tf.TensorSpec | None] | None:
-    """Return a `tf.TensorSpec` of each output that a model says it has.
-
-    So that its weights are those of its state from the start, and `set_weights`
-    takes what `get_weights` gave before a training. `None`: it doesn't say.
-    """
-    outputs = getattr(model, "outputs", None)
-    if not outputs:
-        return None
-    return [
-        None
-        if getattr(output, "sparse", False) or getattr(output, "ragged", False)
-        else tf.TensorSpec(output.shape, output.dtype)
-        for output in keras.tree.flatten(outputs)
-    ]
-
-
 def measure(
     context: StepContext,
     inputs: StepInputs,

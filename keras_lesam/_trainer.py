@@ -16,7 +16,6 @@ from keras_lesam import _guard
 from keras_lesam import _inspection
 from keras_lesam import _mask
 from keras_lesam import _passes
-from keras_lesam import _reference
 from keras_lesam import _results
 from keras_lesam import _workarounds
 from keras_lesam import rules
@@ -239,9 +238,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         variables = self.trainable_variables
         if variables:
             weights = rules.Weights.of(variables, self._perturb_mask())
-            outputs = self._output_specs or _reference.declared(self.model)
             initial = self._plan.init_state(
-                weights, outputs, self._scalar_dtype
+                weights, self._output_specs, self._scalar_dtype
             )
             with _workarounds.unlocked(self):
                 self._state.build(
@@ -249,8 +247,14 @@ class SharpnessAwareTrainer(DelegatingModel):
                 )
 
     def _add_state_variable(self, value: Any, name: str) -> keras.Variable:
-        """Make a weight, one for all replicas: the mean of theirs."""
-        return self.add_weight(
+        """Make a weight, one for all replicas: the mean of theirs.
+
+        What a reference loss goes by is none: the weights would be more after
+        a first batch than before, and those of the model no longer.
+        """
+        is_weight = not name.startswith("reference.")
+        make = self.add_weight if is_weight else keras.Variable
+        return make(
             shape=tuple(value.shape),
             initializer=lambda shape, dtype: tf.cast(value, dtype),
             dtype=value.dtype.name,

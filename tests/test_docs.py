@@ -2,7 +2,10 @@
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from typing import NamedTuple
 
@@ -63,13 +66,23 @@ def test_the_code_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    namespace = {"__name__": "docs"}
+    sources = []
     for block in blocks(page):
         assert block.language in ("python", "bash", "text"), block
         if block.language == "python" and not block.title:
             # Errors name the line of the page.
-            source = "\n" * (block.line - 1) + block.code
-            exec(compile(source, page, "exec"), namespace)
+            sources.append("\n" * (block.line - 1) + block.code)
+    if page.name == "distributed.md":
+        # Replicas of other tests are of other numbers, and would have to meet.
+        code = "\n".join(source.lstrip("\n") for source in sources)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True
+        )
+        return
+    namespace = {"__name__": "docs"}
+    for source in sources:
+        exec(compile(source, page, "exec"), namespace)
 
 
 WITH_OTHERS = [

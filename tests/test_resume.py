@@ -132,7 +132,7 @@ def test_a_saved_model_goes_on_at_its_epoch(uninterrupted, tmp_path):
 def budgets(**kwargs):
     x, y = classification_data(rows=96)
     net = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
-    return train(LESAMModel(net), x, y, **kwargs)["sigma"]
+    return train(LESAMModel(net, 0.1), x, y, **kwargs)["sigma"]
 
 
 def test_half_of_a_training_is_not_a_training_of_half_the_length():
