@@ -87,6 +87,7 @@ def _draw_forest(axis, found, names):
                 *(high + 4.6, y, f"{method['cost']:.1f}x"),
                 **{"fontsize": 7.5, "color": "0.4", "ha": "right"},
                 va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
     axis.set_xlim(low, high + 5)
     axis.set_xticks([-10, -5, 0, 5])
