@@ -91,6 +91,24 @@ def mislabel(y, share, seed=0):
     return y
 
 
+def restart(model, net, weights):
+    """Give a model the weights of a new net, and zeros for all other state.
+
+    Not what a relative budget keeps of batches of fewer than 8 rows.
+
+    Args:
+        model: The compiled model, which may wrap the net.
+        net: The net.
+        weights: List of arrays, the new weights of the net.
+    """
+    net.set_weights(weights)
+    of_net = {id(variable) for variable in net.weights}
+    memory = [v for v in model.weights if id(v) not in of_net]
+    for variable in [*model.optimizer.variables, *memory]:
+        if "learning_rate" not in variable.path:
+            variable.assign(keras.ops.zeros_like(variable))
+
+
 class ProgressBar(keras.callbacks.Callback):
     """One line for a whole training: epoch, loss, accuracy, time left.
 

@@ -241,7 +241,8 @@ def append(path, run, outcome):
 def train_cell(runs):
     """Train the runs of one cell; return pairs of a run and its outcome.
 
-    A model is traced once, and begins again from new weights for each run.
+    A model is traced once, and begins again from new weights for each run; but
+    not where the budget keeps a mean over batches of few rows.
     """
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     keras.utils.clear_session()
@@ -250,7 +251,7 @@ def train_cell(runs):
         setting = run["setting"]
         # Another share is no other graph.
         same = setting and {**setting, "share": "share" in setting}
-        if str(same) not in models:
+        if str(same) not in models or TASKS[run["task"]].batch_size < 8:
             models[str(same)] = compiled(run)
         outcomes.append((run, train(run, *models[str(same)])))
     return outcomes
@@ -273,7 +274,9 @@ def train(run, net, model):
     """Train from new weights; return the outcome as a dict of numbers."""
     task, setting = TASKS[run["task"]], run["setting"]
     data = task.data(run["seed"])
-    reset(run, net, model)
+    keras.utils.set_random_seed(run["seed"])
+    fresh = NETS[run["net"]](data.x.shape[1:])
+    _common.restart(model, net, fresh.get_weights())
     steps = []
     if setting is not None:
         steps = [StepRecord()]
@@ -296,17 +299,6 @@ def train(run, net, model):
         outcome["rho"] = statistics.median(history["rho"])
         outcome |= steps[0].summary(model.rho_max)
     return outcome
-
-
-def reset(run, net, model):
-    """Reset to new initial weights, and all other state to zeros."""
-    keras.utils.set_random_seed(run["seed"])
-    net.set_weights(NETS[run["net"]](net.input_shape[1:]).get_weights())
-    of_net = {id(variable) for variable in net.weights}
-    memory = [v for v in model.weights if id(v) not in of_net]
-    for variable in [*model.optimizer.variables, *memory]:
-        if "learning_rate" not in variable.path:
-            variable.assign(keras.ops.zeros_like(variable))
 
 
 class StepRecord(keras.callbacks.Callback):

@@ -56,7 +56,7 @@ def two_pass_step(
     plain, zero = first.point.gradients, tf.zeros((), context.dtype)
 
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
-        second = second_pass(first, _here(first, perturbation), batch)
+        second = second_pass(first, _in_branch(first, perturbation), batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
         is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
@@ -253,7 +253,7 @@ def perturb(first: FirstPass) -> Perturbation:
     return context.rule.limit(perturbation, first.gradients, first.limit)
 
 
-def _here(first: FirstPass, perturbation: Perturbation) -> Perturbation:
+def _in_branch(first: FirstPass, perturbation: Perturbation) -> Perturbation:
     """Return the perturbation, made in the branch that is being traced.
 
     Where most steps don't ascend. What a branch takes from outside is computed

@@ -15,7 +15,6 @@ LABELS = {
     _methods.LESAM: "LE-SAM, the paper's budget: sigma (0.1)",
     _methods.RELATIVE: "LE-SAM, relative budget: share (0.3)",
 }
-DEFAULTS = {_methods.SAM: 0.05, _methods.LESAM: 0.1, _methods.RELATIVE: 0.3}
 
 
 def draw_differences(by_task, path):
@@ -138,7 +137,7 @@ def _draw_sweep(axis, by_method, plain):
         if not pairs:
             continue
         values, accuracies = zip(*pairs)
-        factors = np.array(values) / DEFAULTS[name]
+        factors = np.array(values) / _methods.DEFAULTS[name]
         accuracies = 100 * np.array(accuracies)
         color = COLORS[name]
         axis.plot(

@@ -349,6 +349,7 @@ def ablations(steps, sigma, rho, mean_rhos):
 
 # The sweep: two decades, in thirds of a decade. The default is in the middle of
 # the shares; factors are of the defaults of sigma (0.1) and of rho (0.05).
+DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3}
 SWEEP = {
     SAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     LESAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),

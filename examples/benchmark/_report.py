@@ -19,7 +19,6 @@ HEADER = (
     "died",
 )
 # The settings that a sweep is judged by are within this factor of the default.
-DEFAULTS = {_methods.SAM: 0.05, _methods.LESAM: 0.1, _methods.RELATIVE: 0.3}
 FACTOR = 3.01
 
 
@@ -271,7 +270,7 @@ def sweep_table(results, tasks):
     """Make the table of the sweep: means, and how bad a near value can be."""
     rows = []
     for task in tasks:
-        for name, default in DEFAULTS.items():
+        for name, default in _methods.DEFAULTS.items():
             means = {
                 v: 100 * statistics.mean(a)
                 for v, a in sweep(results, task, name)

@@ -174,11 +174,7 @@ class Bench:
     def _reset(self, net, model, seed):
         """Reset to new initial weights, and all other state to zeros."""
         keras.utils.set_random_seed(seed)
-        net.set_weights(self._net().get_weights())
-        of_net = {id(v) for v in net.weights}
-        memory = [v for v in model.weights if id(v) not in of_net]
-        for variable in [*model.optimizer.variables, *memory]:
-            variable.assign(keras.ops.zeros_like(variable))
+        _common.restart(model, net, self._net().get_weights())
 
     def _rate(self, base, constant=0.0):
         """Make the callback of a cosine learning rate, epoch by epoch."""
