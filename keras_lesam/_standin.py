@@ -75,6 +75,7 @@ class StandIn(_workarounds.ServableModel):
         """
         super().__init_subclass__(**kwargs)
         keras.saving.get_custom_objects().setdefault(cls.__name__, cls)
+        _workarounds.know_name_without_package(cls)
 
     def __init__(self, model: keras.Model, name: str | None) -> None:
         if type(self).call is StandIn.call:

@@ -297,6 +297,16 @@ def creating_now() -> Iterator[None]:
         yield
 
 
+def know_name_without_package(cls: type) -> None:
+    """Let files be loaded that were saved where SciKeras is imported.
+
+    To pickle a model of any class, it registers the class once more, without
+    a package (`pack_keras_model` in scikeras/_saving_utils.py), and files
+    that are saved from then on name the class so.
+    """
+    keras.saving.get_custom_objects().setdefault(f">{cls.__name__}", cls)
+
+
 @contextlib.contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     """Let a built layer be given new weights within the context.

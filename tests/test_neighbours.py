@@ -27,6 +27,7 @@ from tests.helpers import classification_data
 from tests.helpers import constant_lesam
 from tests.helpers import crossentropy
 from tests.helpers import dense_net
+from tests.test_package import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = classification_data(64)
@@ -138,6 +139,30 @@ def test_scikeras():
             other.predict_proba(DATA[0]), best.predict_proba(DATA[0])
         )
         other.partial_fit(*DATA)
+
+
+def test_files_saved_beside_scikeras_load_without_it(tmp_path):
+    """It renames the class; once it does not, the shim can go."""
+    model = compiled(LESAMModel(dense_net()))
+    model.fit(*DATA, **FIT)
+    pickle.dumps(model)
+    assert keras.saving.get_registered_name(LESAMModel) == ">LESAMModel"
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", DATA[0])
+    code = """
+import keras
+import keras_lesam
+import numpy as np
+model = keras.saving.load_model("model.keras")
+assert type(model) is keras_lesam.LESAMModel
+np.save("outputs.npy", model.predict(np.load("x.npy"), verbose=0))
+"""
+    run_python(code, cwd=tmp_path)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "outputs.npy"),
+        model.predict(DATA[0], verbose=0),
+        atol=1e-6,
+    )
 
 
 # ONNX.
