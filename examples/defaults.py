@@ -1,7 +1,7 @@
 """Trains a panel of small nets plainly and by LE-SAM: is any worse off?
 
     python defaults.py --results panel.jsonl
-    python defaults.py --settings share=0.3 --settings sigma=0.1,rho_max=none
+    python defaults.py --settings share=0.3,max_change=none
     python defaults.py --quick
 
 A cell of the panel is a net, an optimizer and a task: clean digits of MNIST or
@@ -9,8 +9,9 @@ of scikit-learn, digits of which a fifth have a wrong label, digits of which
 some classes are rare (20 to 1), digits in batches of four. "x20" is a net whose
 output layer is 20 times too large when the training begins.
 
-Without --settings, shares of the loss over the whole range that is advised. A
-setting of `sigma` is the paper's budget, with its schedule. With --results,
+Without --settings, shares of the loss over the whole range that is advised,
+with the limit to the change of the gradient that the default has. A setting of
+`sigma` is the paper's budget, with its schedule. With --results,
 each finished run is saved in that file, and a later call does not repeat it;
 delete the file after a change of the library.
 
@@ -50,9 +51,10 @@ from keras_lesam import budgets
 CHANCE = 1.5 / _common.CLASSES  # An accuracy that is little better.
 AT_CAP = 0.999  # Fraction of rho_max from which the cap binds.
 
-SHARES = (0.05, 0.3, 0.5, 1.0)
-SETTING = ("share", "sigma", "rho_max", "warmup", "anneal")
-SETTING_HELP = "share=0.3,rho_max=none or sigma=0.1,rho_max=1,warmup=0.1,"
+SHARES = (0.05, 0.3, 0.7, 1.0)
+MAX_CHANGE = 0.6
+SETTING = ("share", "max_change", "sigma", "rho_max", "warmup", "anneal")
+SETTING_HELP = "share=0.3,max_change=none or sigma=0.1,rho_max=1,warmup=0.1,"
 SETTING_HELP += "anneal=0.2 or part of it; may be given several times"
 
 
@@ -123,7 +125,9 @@ def parse_args():
     add("--quick", action="store_true", help="one net, one task, one seed")
     args = parser.parse_args()
     # A repeated setting counts once.
-    settings = args.settings or [parse_setting(f"share={s}") for s in SHARES]
+    settings = args.settings or [
+        {"share": share, "max_change": MAX_CHANGE} for share in SHARES
+    ]
     args.settings = [s for i, s in enumerate(settings) if s not in settings[:i]]
     if args.quick:
         args.nets, args.tasks = ("dense",), ("digits",)
@@ -150,7 +154,9 @@ def wrap(net, setting):
     """Wrap a net: by a share of the loss, or by the paper's budget."""
     options = dict(setting)
     if "share" in options:
-        options["sigma"] = budgets.Relative(options.pop("share"))
+        options["sigma"] = budgets.Relative(
+            options.pop("share"), max_change=options.pop("max_change", None)
+        )
     return LESAMModel(net, **options)
 
 

@@ -1,7 +1,8 @@
-"""What a step may spend: its budget, and the limit that a guard sets."""
+"""What a step may spend: its budget, and the limits that it sets itself."""
 
 import tensorflow as tf
 
+from keras_lesam import _change
 from keras_lesam import _results
 from keras_lesam._records import States
 from keras_lesam._records import StepContext
@@ -39,6 +40,7 @@ def allowed(
     budget = inputs.budget
     if budget is None:
         budget = _by_losses(context, inputs, losses)
+    budget = _change.shortened(budget, inputs.states["change"])
     if most is None or not context.rule.budget_is_rise:
         return budget
     return tf.minimum(budget, most)

@@ -27,7 +27,7 @@ class AscentArguments(_Model):
     def _facade_config(self) -> dict[str, Any]:
         """Return the arguments that both have, serialized."""
         has_shares = isinstance(self.budget, budgets.Constant)
-        has_guard = has_shares or isinstance(self.budget, budgets.Schedule)
+        has_limits = has_shares or isinstance(self.budget, budgets.Schedule)
         config = super().get_config()
         for name in ("rule", "budget", "ascent", "curvature"):
             del config[name]
@@ -35,7 +35,8 @@ class AscentArguments(_Model):
             **config,
             "warmup": self.warmup if has_shares else None,
             "anneal": self.anneal if has_shares else None,
-            "guard": self.guard if has_guard else None,
+            "guard": self.guard if has_limits else None,
+            "max_change": self.max_change if has_limits else None,
             "ascent_from": self.ascent_from,
             "ascent_fraction": self.ascent_fraction,
             "ascent_every": self.ascent_every,
@@ -54,6 +55,10 @@ class AscentArguments(_Model):
     @property
     def guard(self) -> float | None:
         return self.budget.guard
+
+    @property
+    def max_change(self) -> float | None:
+        return self.budget.max_change
 
     @property
     def ascent_from(self) -> str:

@@ -37,14 +37,15 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     >>> model.model is net  # a plain Keras model, with the trained weights
     True
 
-    By default the budget is a share of the loss, `budgets.Relative(0.3)`: it
-    has no unit and no schedule, and need not know how long the training is.
-    `sigma=0.1` is the paper's budget, in loss units. The arguments below are in
-    this order, and few need more than the first three:
+    By default the budget is a share of the loss, as long as the ascent changes
+    the gradient by no more than a share of itself, `budgets.Relative(0.7,
+    max_change=0.6)`: it has no unit and no schedule, and need not know how long
+    the training is. `sigma=0.1` is the paper's budget, in loss units. The
+    arguments below are in this order, and few need more than the first three:
 
     ```
     the model    model, sigma (the budget), rho_max
-    budget       warmup, anneal, guard, total_steps: of a number
+    budget       warmup, anneal, guard, max_change, total_steps: of a number
     ascent       ascent_from, ascent_fraction, ascent_every, num_batch_splits
     scope        perturb, perturbation_scope
     curvature    curvature, hvp_method
@@ -82,8 +83,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         model: A `keras.Model`: functional, sequential or subclassed, built or
             not. Its own `compute_loss` and `compute_metrics` are honoured;
             a `train_step` of its own is refused.
-        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative()`,
-            the share 0.3 of the loss. Or a float >= 0, the loss budget in loss
+        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative(0.7,
+            max_change=0.6)`, or `budgets.Relative(0.3)` for ascents that don't
+            make two passes over the same rows (`ascent_from`,
+            `ascent_fraction`). Or a float >= 0, the loss budget in loss
             units, as in the paper, whose default is 0.1; or a
             `keras.optimizers.schedules.LearningRateSchedule` from
             `optimizer.iterations` to the budget. A number may be assigned to
@@ -95,7 +98,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         warmup: Float in [0, 1], the share of the training over which the
             budget rises linearly from 0. Defaults to 0.1, or to 0 if `sigma`
             is a schedule or a budget, which say it all. With `warmup`,
-            `anneal` or `guard` and no `sigma`, the latter is 0.1.
+            `anneal`, `guard` or `max_change` and no `sigma`, that is 0.1.
         anneal: Float in [0, 1], the share of the training over which the
             budget falls to 0 on a cosine, at its end. Defaults to 0.2, or to
             0 if `sigma` is a schedule or a budget. Together with `warmup` at
@@ -106,6 +109,9 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             normalization, which a large budget kills early in a training,
             are what it is for: 0.5, say. See `budgets.Relative`, which needs
             none.
+        max_change: Float > 0, or `None` for none. By how much the ascent may
+            change the gradient, on average, as a share of it; see
+            `budgets.Relative`.
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
@@ -178,6 +184,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         warmup: float | None = None,
         anneal: float | None = None,
         guard: float | None = None,
+        max_change: float | None = None,
         total_steps: int | None = None,
         curvature: str = "none",
         hvp_method: str = "auto",
@@ -194,7 +201,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         super().__init__(
             model,
             rules.LossEquated(rho_max, adaptive, alpha),
-            loss_budget(sigma, warmup, anneal, guard),
+            loss_budget(sigma, warmup, anneal, guard, max_change),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             estimators.from_argument(curvature, hvp_method),
             total_steps=total_steps,

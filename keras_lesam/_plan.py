@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_lesam import _change
 from keras_lesam import _checks
 from keras_lesam import _reference
 from keras_lesam import _results
@@ -16,7 +17,7 @@ from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._strategy import Strategy
 
-# That of `LESAMModel` without arguments.
+# That of `LESAMModel` without arguments, where its ascent allows for it.
 DEFAULT_BUDGET = rules.LossEquated().default_budget()
 
 
@@ -64,6 +65,7 @@ class TrainingPlan:
             "ascent": (self.ascent, self.ascent.init_state(weights)),
             "rule": (self.rule, self.rule.init_state(weights)),
             "reference": (self.budget, reference),
+            "change": (self.budget, _change.init_state(self.budget, dtype)),
         }
         return {
             component: _results.state(owner, "init_state", value)
@@ -86,10 +88,14 @@ class TrainingPlan:
         _check_kind("rule", rule, rules.Rule, "rules.SAM(rho=0.05)")
         ascent = ascents.FullBatch() if ascent is None else ascent
         _check_kind("ascent", ascent, ascents.Ascent, "ascents.Every(4)")
+        ascent = rule.default_ascent(ascent)
+        budget = _resolve_budget(rule, budget)
+        if budget is DEFAULT_BUDGET and not ascent.knows_rise:
+            budget = budgets.Relative()
         plan = cls(
             rule=rule,
-            budget=_resolve_budget(rule, budget),
-            ascent=rule.default_ascent(ascent),
+            budget=budget,
+            ascent=ascent,
             estimator=estimators.from_argument(curvature),
         )
         plan._check_together()
@@ -103,6 +109,13 @@ class TrainingPlan:
                 "The radius of this rule does not go by the curvature: leave "
                 "`curvature` at 'none', or use rules.LossEquated. Received: "
                 f"curvature={self.estimator!r}, rule={self.rule!r}"
+            )
+        if self.budget.max_change is not None and not self.ascent.knows_rise:
+            raise ValueError(
+                "`max_change` compares the gradients of two passes over the "
+                "same rows, which this ascent does not make: leave it out, "
+                f"and choose a smaller budget. Received: {self.budget!r}, "
+                f"{self.ascent.keywords()}"
             )
         if self.budget.is_in_loss_units and isinstance(self.rule, rules.SAM):
             raise ValueError(
@@ -127,13 +140,15 @@ def loss_budget(
     warmup: float | None,
     anneal: float | None,
     guard: float | None,
+    max_change: float | None,
 ) -> budgets.Budget:
     """Make the budget of the keyword arguments of `LESAMModel`.
 
     With any of them it is the paper's, if `sigma` does not say it all.
     """
     if sigma is DEFAULT_BUDGET:
-        if all(given is None for given in (warmup, anneal, guard)):
+        given = (warmup, anneal, guard, max_change)
+        if all(argument is None for argument in given):
             return DEFAULT_BUDGET
         sigma = rules.DEFAULT_SIGMA
     return budgets.from_number(
@@ -143,6 +158,7 @@ def loss_budget(
         anneal,
         (rules.DEFAULT_WARMUP, rules.DEFAULT_ANNEAL),
         guard,
+        max_change,
     )
 
 

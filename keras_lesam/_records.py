@@ -71,7 +71,7 @@ class StepInputs(NamedTuple):
     Attributes:
         progress: A `budgets.Progress`.
         states: The state of each component: "rule", "budget", "ascent",
-            "curvature", "reference".
+            "curvature", "reference", "change".
         budget: Scalar tensor, what the budget allows; `None` if it goes by the
             losses of the step.
         gate: Bool scalar tensor, whether the ascent is made in this step;

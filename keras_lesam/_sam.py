@@ -38,7 +38,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
 
     ```
     the model    model, rule, rho
-    budget       warmup, anneal, guard, total_steps: `rho` over time
+    budget       warmup, anneal, guard, max_change, total_steps: `rho` over time
     ascent       ascent_from, ascent_fraction, ascent_every, num_batch_splits
     scope        perturb, perturbation_scope
     ```
@@ -57,6 +57,9 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         guard: Float > 0, or `None` for none. The perturbation is made shorter
             where it would raise the loss, to first order, by more than this
             share of what the model has learnt; see `LESAMModel`.
+        max_change: Float > 0, or `None` for none. By how much the ascent may
+            change the gradient, on average, as a share of it: `rho` is made
+            smaller where it does by more. See `budgets.Relative`.
         total_steps: As in `LESAMModel`; so are the arguments below.
         ascent_from: `"batch"`, `"previous"` or `"momentum"`. For `SAM`, `ASAM`
             and `UnnormalizedSAM`: the others ask for the gradient of the
@@ -92,6 +95,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         warmup: float | None = None,
         anneal: float | None = None,
         guard: float | None = None,
+        max_change: float | None = None,
         total_steps: int | None = None,
         num_batch_splits: int = 1,
         ascent_from: str = "batch",
@@ -106,7 +110,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
             model,
             rule,
             budgets.from_number(
-                "rho", rule.rho, warmup, anneal, (0.0, 0.0), guard
+                "rho", rule.rho, warmup, anneal, (0.0, 0.0), guard, max_change
             ),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
             total_steps=total_steps,

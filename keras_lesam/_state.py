@@ -1,9 +1,9 @@
 """The only owner of variables that a step leaves for the next.
 
 `StepState` owns what is learnt and therefore saved: the states of rule, budget,
-ascent and curvature estimator, and what losses are compared with. `Numbers`
-owns what users assign between steps: hyperparameters, which are saved with the
-model's config.
+ascent and curvature estimator, what losses are compared with, and how much the
+gradient has changed. `Numbers` owns what users assign between steps:
+hyperparameters, which are saved with the model's config.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from keras_lesam._records import States
 from keras_lesam._strategy import Strategy
 
 # Components, in the order in which their states are made.
-COMPONENTS = ("budget", "curvature", "ascent", "rule", "reference")
+COMPONENTS = ("budget", "curvature", "ascent", "rule", "reference", "change")
 
 
 class StepState:

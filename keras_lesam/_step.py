@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _allowance
+from keras_lesam import _change
 from keras_lesam import _data
 from keras_lesam import _guard
 from keras_lesam import _host_random
@@ -55,20 +56,23 @@ def two_pass_step(
 
     plain, zero = first.point.gradients, tf.zeros((), context.dtype)
 
-    def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor]:
+    def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor, tf.Tensor]:
         second = second_pass(first, _in_branch(first, perturbation), batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
         is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
-        return gradients, _vectors.or_zero(rise, is_usable), is_usable
+        change = _change.measure(first, gradients, in_branch=True)
+        return gradients, _vectors.or_zero(rise, is_usable), is_usable, change
 
-    gradients, rise, is_usable = _passes.either(
+    gradients, rise, is_usable, change = _passes.either(
         context.use_cond,
         perturbation.radius > 0,
         ascend,
-        lambda: (plain, zero, tf.constant(True)),
+        lambda: (plain, zero, tf.constant(True), zero),
     )
     is_usable, rise = _guard.agree_on_mean(context, is_usable, rise)
+    if context.is_global:
+        change = _change.measure(first, gradients, in_branch=False)
     # Where the ascent ends at no loss or no gradient, do not follow it.
     gradients, rise = _passes.either(
         context.use_cond,
@@ -80,6 +84,10 @@ def two_pass_step(
         radius=_vectors.or_zero(perturbation.radius, is_usable)
     )
     step = finish(first, followed, gradients, rise)
+    known = _change.update(
+        context, inputs.states["change"], change, followed.radius > 0
+    )
+    step = step._replace(states={**step.states, "change": known})
     return _guard.tell_loss_scale(context, step, ~is_usable)
 
 

@@ -250,9 +250,10 @@ class SharpnessAwareTrainer(DelegatingModel):
         """Make a weight, one for all replicas: the mean of theirs.
 
         What a reference loss goes by is none: the weights would be more after
-        a first batch than before, and those of the model no longer.
+        a first batch than before, and those of the model no longer. Nor is
+        how much the gradient changes, which the default goes by.
         """
-        is_weight = not name.startswith("reference.")
+        is_weight = not name.startswith(("reference.", "change."))
         make = self.add_weight if is_weight else keras.Variable
         return make(
             shape=tuple(value.shape),

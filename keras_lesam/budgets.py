@@ -114,13 +114,20 @@ class Budget(Strategy):
         guard: Float or `None`. No step may raise the loss, to first order, by
             more than this share of what the model has learnt, `Losses.gain`,
             whatever the budget. `None`: no such limit.
+        max_change: Float or `None`. By how much the ascent may change the
+            gradient, as a share of it: `||T (h - g)|| / ||T g||`, of the
+            gradients `g` at the weights and `h` at the end of the ascent.
+            Each step measures it, and multiplies the budget of the next ones
+            by a factor of at most 1, until it is kept on average. `None`: no
+            such limit, and nothing is measured.
         reference_loss: Float or `None`. `Losses.reference` as a number; `None`:
             it is measured.
     """
 
     guard: float | None = None
+    max_change: float | None = None
     reference_loss: float | None = None
-    _options = ("guard", "reference_loss")
+    _options = ("guard", "max_change", "reference_loss")
 
     def init_state(self) -> dict[str, Any]:
         """Return the state before the first step, a dict of tensors."""
@@ -218,6 +225,8 @@ class Constant(Budget):
             first order, as a share of what the model has learnt (see
             `Relative`): LE-SAM's budget is at most `guard * (L0 - L)`, and
             SAM's perturbation is made shorter where its slope is steep.
+        max_change: Float > 0 or `None`. By how much the ascent may change the
+            gradient, on average, as a share of it; see `Relative`.
 
     Raises:
         TypeError: if an argument is no number.
@@ -230,8 +239,10 @@ class Constant(Budget):
         warmup: float = 0.0,
         anneal: float = 0.0,
         guard: float | None = None,
+        max_change: float | None = None,
     ) -> None:
-        self.guard = _check_guard(guard)
+        self.guard = _positive("guard", guard)
+        self.max_change = _positive("max_change", max_change)
         if sigma is not None:
             sigma = _checks.number("sigma", sigma, 0)
         self.sigma = sigma
@@ -288,13 +299,20 @@ class Schedule(Budget):
         schedule: A `keras.optimizers.schedules.LearningRateSchedule`. What is
             below 0 counts as 0.
         guard: Float > 0 or `None`; see `Constant`.
+        max_change: Float > 0 or `None`; see `Constant`.
 
     Raises:
         TypeError: if it is no schedule.
     """
 
-    def __init__(self, schedule: Any, guard: float | None = None) -> None:
-        self.guard = _check_guard(guard)
+    def __init__(
+        self,
+        schedule: Any,
+        guard: float | None = None,
+        max_change: float | None = None,
+    ) -> None:
+        self.guard = _positive("guard", guard)
+        self.max_change = _positive("max_change", max_change)
         if not _checks.is_schedule(schedule):
             raise TypeError(
                 "`schedule` must be a keras.optimizers.schedules."
@@ -336,6 +354,21 @@ class Relative(Budget):
     units, as of targets in other units, leaves the perturbation what it is.
     Where there is no gain a step has one pass. For LE-SAM only.
 
+    With `max_change` the budget is also as small as it takes for the gradient
+    `h` at the end of the ascent to be still about that at the weights, `g`:
+
+    ```
+    change  = ||T (h - g)|| / ||T g||    0 where the loss is linear
+    log m  -= 0.1 log(change / max_change)    once a step; m <= 1
+    sigma   = m share L gain / L0
+    ```
+
+    The rise is then off `sigma` by about half of `max_change` at most. It is
+    what keeps deep nets without normalization, which a large share stops on
+    their plateaus, and a bad start from being harmed; and it makes the share
+    matter less. It costs two norms a step. Replicas that take perturbations of
+    their own share `m`; those that take one sum their gradients once more.
+
     L0 costs no pass, only the loss of two other outputs, as follows. The second
     of them tells no class from another where the outputs are logits: their mean
     may be far from 0, and a bad guess, when a net starts from a large loss.
@@ -367,6 +400,10 @@ class Relative(Budget):
         share: Float >= 0. Up to 1, which is a lot.
         reference_loss: Float > 0, L0 as a number in loss units, such as
             `log(classes)`; `None`: it is measured.
+        max_change: Float > 0: by how much the ascent may change the gradient,
+            on average, as a share of it. `None`: no limit. Needs two passes
+            over the same rows: not for `ascents.Fraction`, `Previous` and
+            `Momentum`.
 
     Raises:
         TypeError: if an argument is no number.
@@ -374,14 +411,14 @@ class Relative(Budget):
     """
 
     def __init__(
-        self, share: float = 0.3, reference_loss: float | None = None
+        self,
+        share: float = 0.3,
+        reference_loss: float | None = None,
+        max_change: float | None = None,
     ) -> None:
         self.share = _checks.number("share", share, 0)
-        if reference_loss is not None:
-            reference_loss = _checks.number(
-                "reference_loss", reference_loss, 0, above=True
-            )
-        self.reference_loss = reference_loss
+        self.reference_loss = _positive("reference_loss", reference_loss)
+        self.max_change = _positive("max_change", max_change)
 
     def numbers(self) -> dict[str, float]:
         return {"share": self.share}
@@ -421,10 +458,10 @@ class Relative(Budget):
         return self.share == 0
 
 
-def _check_guard(guard: Any) -> float | None:
-    if guard is None:
+def _positive(name: str, value: Any) -> float | None:
+    if value is None:
         return None
-    return _checks.number("guard", guard, 0, above=True)
+    return _checks.number(name, value, 0, above=True)
 
 
 def from_number(
@@ -434,6 +471,7 @@ def from_number(
     anneal: float | None,
     defaults: tuple[float, float],
     guard: float | None = None,
+    max_change: float | None = None,
 ) -> Budget:
     """Make the budget of the keyword arguments of a model.
 
@@ -444,14 +482,16 @@ def from_number(
         anneal: What was received; `None` for the default.
         defaults: Those of `warmup` and `anneal`.
         guard: That of the budget.
+        max_change: That of the budget.
     """
     if isinstance(amount, Budget):
-        if any(given is not None for given in (warmup, anneal, guard)):
+        given = (warmup, anneal, guard, max_change)
+        if any(argument is not None for argument in given):
             raise ValueError(
                 f"`{name}` is a budget, which says it all: leave `warmup`, "
-                "`anneal` and `guard` alone. Received: "
+                "`anneal`, `guard` and `max_change` alone. Received: "
                 f"{name}={amount!r}, warmup={warmup!r}, anneal={anneal!r}, "
-                f"guard={guard!r}"
+                f"guard={guard!r}, max_change={max_change!r}"
             )
         return amount
     if _checks.is_schedule(amount):
@@ -463,12 +503,13 @@ def from_number(
                 f"warmup={_checks.short(warmup)}, "
                 f"anneal={_checks.short(anneal)}"
             )
-        return Schedule(amount, guard)
+        return Schedule(amount, guard, max_change)
     return Constant(
         _checks.number(name, amount, 0),
         defaults[0] if warmup is None else warmup,
         defaults[1] if anneal is None else anneal,
         guard,
+        max_change,
     )
 
 

@@ -75,6 +75,8 @@ _register = keras.saving.register_keras_serializable(package="keras_lesam")
 # A finite number of every float dtype that a radius has, so that a healthy
 # step has no infinity in it.
 _NO_CAP = tf.float32.max
+# What examples/results/defaults.md bears out.
+_DEFAULT_BUDGET = budgets.Relative(0.7, max_change=0.6)
 # Those of the paper's budget, where only a part of it is given.
 DEFAULT_SIGMA = 0.1
 DEFAULT_WARMUP = 0.1
@@ -161,7 +163,7 @@ class LossEquated(Rule):
 
     def default_budget(self) -> budgets.Budget:
         """Return that of `LESAMModel`: a share of the loss."""
-        return budgets.Relative()
+        return _DEFAULT_BUDGET
 
 
 @_register

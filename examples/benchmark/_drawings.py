@@ -8,12 +8,14 @@ LIMITS = (-12.0, 8.0)
 COLORS = {
     _methods.SAM: "tab:blue",
     _methods.LESAM: "tab:orange",
-    _methods.RELATIVE: "tab:red",
+    _methods.RELATIVE: "tab:pink",
+    _methods.LIMITED: "tab:red",
 }
 LABELS = {
     _methods.SAM: "SAM: rho (0.05)",
     _methods.LESAM: "LE-SAM, the paper's budget: sigma (0.1)",
     _methods.RELATIVE: "LE-SAM, relative budget: share (0.3)",
+    _methods.LIMITED: "LE-SAM, relative budget, limited: share (0.7)",
 }
 
 
@@ -53,7 +55,7 @@ def _draw_forest(axis, found, names):
     axis.axvline(0, color="tab:blue", lw=1, alpha=0.6)
     for method in found:
         y, mean = names.index(method["name"]), method["mean"]
-        is_ours = method["name"].startswith(_methods.RELATIVE)
+        is_ours = method["name"] in (_methods.UNTUNED, _methods.LIMITED)
         color = "tab:red" if is_ours else "0.25"
         if np.isfinite(mean) and mean < low:
             axis.annotate(

@@ -18,10 +18,13 @@ from keras_lesam import rules
 
 PLAIN = "plain"
 SAM = "SAM"
-# By the paper's budget, and by a share of the loss.
+# By the paper's budget, and by a share of the loss: without a limit, and with
+# one to the change of the gradient; that of the default, tuned and untuned.
 LESAM = "LE-SAM"
 RELATIVE = "relative"
-UNTUNED = "relative, untuned"
+LIMITED = "relative, limited"
+UNTUNED = "default, untuned"
+MAX_CHANGE = 0.6
 
 _RHOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -94,11 +97,13 @@ def lesam(name, cost=1.8, sigmas=_SIGMAS, **options):
     return Method(name, wrap, _grid(sigma=sigmas), "sigma", cost)
 
 
-def relative(name, cost=1.8, shares=_SHARES, rho_max=1.0, **options):
+def relative(
+    name, cost=1.8, shares=_SHARES, rho_max=1.0, max_change=None, **options
+):
     """Make a `Method` of `LESAMModel` whose budget is a share of the loss."""
 
     def wrap(net, setting):
-        budget = budgets.Relative(setting["share"])
+        budget = budgets.Relative(setting["share"], max_change=max_change)
         return LESAMModel(net, budget, rho_max, **options)
 
     return Method(name, wrap, _grid(share=shares), "share", cost)
@@ -106,6 +111,15 @@ def relative(name, cost=1.8, shares=_SHARES, rho_max=1.0, **options):
 
 def _guarded(net, setting):
     return SAMModel(net, rho=setting["rho"], guard=0.5)
+
+
+def _limited(net, setting):
+    return SAMModel(net, rho=setting["rho"], max_change=MAX_CHANGE)
+
+
+def _default(net, setting):
+    # Its share is assigned, and is what it was.
+    return LESAMModel(net)
 
 
 METHODS = [
@@ -120,10 +134,13 @@ METHODS = [
     lesam(LESAM),
     lesam("LE-SAM secant", curvature="secant"),
     lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
-    relative(UNTUNED, shares=(0.3,)),
+    Method(UNTUNED, _default, _grid(share=(0.7,)), "share"),
+    relative(LIMITED, max_change=MAX_CHANGE),
+    relative("share 0.3", shares=(0.3,)),
     relative(RELATIVE),
     relative("relative secant", curvature="secant"),
     Method("SAM, guarded", _guarded, _grid(rho=_RHOS)),
+    Method("SAM, limited", _limited, _grid(rho=_RHOS)),
     _sam_rule("StableSAM", rules.StableSAM, rho=_RHOS),
 ]
 
@@ -349,9 +366,10 @@ def ablations(steps, sigma, rho, mean_rhos):
 
 # The sweep: two decades, in thirds of a decade. The default is in the middle of
 # the shares; factors are of the defaults of sigma (0.1) and of rho (0.05).
-DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3}
+DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3, LIMITED: 0.7}
 SWEEP = {
     SAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     LESAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     RELATIVE: (0.03, 0.065, 0.14, 0.3, 0.65, 1.4, 3.0),
+    LIMITED: (0.07, 0.15, 0.325, 0.7, 1.5, 3.25, 7.0),
 }

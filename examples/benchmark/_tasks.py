@@ -250,7 +250,7 @@ def cifar_tasks(data_dir):
             "plain": {"learning_rate": 0.1, "weight_decay": 0.005},
             "SAM": {"rho": 0.05},
             "LE-SAM": {"sigma": 0.1},
-            "relative, untuned": {"share": 0.3},
+            "default, untuned": {"share": 0.7},
         },
     }
     return [

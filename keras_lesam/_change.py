@@ -1,0 +1,105 @@
+"""Keep the gradient from changing too much in the ascent.
+
+A budget is met to first order: as far as the gradient at the end of the ascent,
+`h`, is still that at the weights, `g`. If it has changed by a share `c` of
+itself, `||T (h - g)|| = c ||T g||`, the rise is off by about half of that, and
+beyond some share the step no longer descends from where it started. So the
+budget has a factor, 1 at most, which each ascent corrects by what it has seen:
+to first order the change is proportional to the radius, and the factor at which
+it is `Budget.max_change` is found on a logarithmic scale.
+"""
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from keras_lesam import _vectors
+from keras_lesam._records import FirstPass
+from keras_lesam._records import StepContext
+from keras_lesam._vectors import Tensors
+from keras_lesam.budgets import Budget
+
+# By how much an ascent corrects the factor: a tenth of what it would take.
+RATE = 0.1
+# Corrections are of a factor of e at most, times the rate.
+LARGEST = 1.0
+# It has a way back, whatever an ascent has met.
+SMALLEST_FACTOR = 1e-3
+
+
+def init_state(budget: Budget, dtype: Any) -> dict[str, Any]:
+    """Return the state before the first step: the logarithm of the factor."""
+    if budget.max_change is None:
+        return {}
+    return {"log_factor": tf.zeros((), dtype)}
+
+
+def shortened(allowed: tf.Tensor, state: dict[str, Any]) -> tf.Tensor:
+    """Return a budget times the factor."""
+    if not state:
+        return allowed
+    return allowed * tf.exp(tf.cast(state["log_factor"], allowed.dtype))
+
+
+def measure(first: FirstPass, gradients: Tensors, in_branch: bool) -> tf.Tensor:
+    """Return `||T (h - g)|| / ||T g||` over the weights that are perturbed.
+
+    0 where nobody asks. Replicas that take one perturbation have to meet for
+    it, outside of any branch; others have it in the branch of the ascent.
+
+    Args:
+        first: The first pass.
+        gradients: List like the weights: those of the second pass, of its
+            scale.
+        in_branch: Whether this is the branch of the ascent.
+    """
+    context = first.context
+    if context.budget.max_change is None or in_branch == context.is_global:
+        return tf.zeros((), context.dtype)
+    there = context.scales().unscale(
+        _vectors.dense(
+            [
+                h if is_perturbed else None
+                for h, is_perturbed in zip(gradients, context.perturb_mask)
+            ]
+        )
+    )
+    difference = [
+        None if h is None or g is None else _vectors.wide(h) - _vectors.wide(g)
+        for g, h in zip(first.gradients, there)
+    ]
+    scaling = context.rule.scaling(first.weights)
+    return tf.math.divide_no_nan(
+        _vectors.norm(difference, context.dtype, scaling),
+        _vectors.norm(first.gradients, context.dtype, scaling),
+    )
+
+
+def update(
+    context: StepContext,
+    state: dict[str, Any],
+    change: tf.Tensor,
+    has_ascended: tf.Tensor,
+) -> dict[str, Any]:
+    """Return the state of the next step.
+
+    Args:
+        context: The `StepContext`.
+        state: That of this step.
+        change: Scalar tensor, what `measure` has returned.
+        has_ascended: Bool scalar tensor; if not, the state stays.
+    """
+    if not state:
+        return state
+    assert context.budget.max_change is not None
+    before = state["log_factor"]
+    change = tf.cast(change, before.dtype)
+    is_known = has_ascended & tf.math.is_finite(change)
+    # No logarithm of what is not known.
+    change = tf.where(is_known, change, tf.ones_like(change))
+    tiny = math.exp(-LARGEST) * context.budget.max_change
+    excess = tf.math.log(tf.maximum(change, tiny) / context.budget.max_change)
+    after = before - RATE * tf.minimum(excess, LARGEST)
+    after = tf.clip_by_value(after, math.log(SMALLEST_FACTOR), 0.0)
+    return {"log_factor": tf.where(is_known, after, before)}
