@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
+from keras_lesam import _amounts
 from keras_lesam import ascents
-from keras_lesam import budgets
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
@@ -104,11 +104,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             0 if `sigma` is a schedule or a budget. Together with `warmup` at
             most 1.
         guard: Float > 0, or `None` for none. The budget of a step is at most
-            this share of what the model has learnt: the loss of a prediction
-            that ignores the input, less that of the batch. Nets without
-            normalization, which a large budget kills early in a training,
-            are what it is for: 0.5, say. See `budgets.Relative`, which needs
-            none.
+            this share of what the model has learnt (see `budgets.Relative`):
+            0.5, say, for nets that a large budget kills early in a training.
         max_change: Float > 0, or `None` for none. By how much the ascent may
             change the gradient, on average, as a share of it; see
             `budgets.Relative`.
@@ -227,7 +224,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
 
     @property
     def sigma(self) -> Any:
-        amount = budgets.amount_of(self.budget)
+        amount = _amounts.amount_of(self.budget)
         return self.budget if amount is None else amount
 
     @sigma.setter

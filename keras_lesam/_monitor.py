@@ -88,6 +88,6 @@ class StuckTraining(keras.callbacks.Callback):
             f"({self._first:.4g}) for {self._stuck_epochs} epochs, while the "
             f"weights are perturbed by rho={rho:.3g}. Perturbations too large "
             "for a net can keep it there, above all without normalization: try "
-            "a smaller `sigma`, `rho` or `rho_max`, a longer `warmup`, or "
+            "max_change=0.6, a smaller `sigma`, `rho` or `rho_max`, or "
             f"sigma=0 to compare with.{dead}"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_lesam import _amounts
 from keras_lesam import _change
 from keras_lesam import _checks
 from keras_lesam import _reference
@@ -125,7 +126,7 @@ class TrainingPlan:
                 f"budget={self.budget!r}, rule={self.rule!r}"
             )
         own = getattr(self.rule, "rho", None)
-        amount = budgets.amount_of(self.budget)
+        amount = _amounts.amount_of(self.budget)
         if own is not None and not _are_equal(own, amount):
             raise ValueError(
                 "For this rule the budget is the radius, which is given twice: "
@@ -151,7 +152,7 @@ def loss_budget(
         if all(argument is None for argument in given):
             return DEFAULT_BUDGET
         sigma = rules.DEFAULT_SIGMA
-    return budgets.from_number(
+    return _amounts.from_number(
         "sigma",
         sigma,
         warmup,
@@ -196,10 +197,10 @@ def _resolve_budget(rule: rules.Rule, budget: Any) -> budgets.Budget:
     if budget is None:
         return rule.default_budget()
     if not isinstance(budget, budgets.Budget):
-        return budgets.from_number("budget", budget, None, None, (0.0, 0.0))
+        return _amounts.from_number("budget", budget, None, None, (0.0, 0.0))
     if not isinstance(budget, budgets.Constant) or budget.sigma is not None:
         return budget
-    amount = budgets.amount_of(rule.default_budget())
+    amount = _amounts.amount_of(rule.default_budget())
     if amount is None and isinstance(rule, rules.LossEquated):
         amount = rules.DEFAULT_SIGMA
     if amount is None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
+from keras_lesam import _amounts
 from keras_lesam import _checks
 from keras_lesam import ascents
-from keras_lesam import budgets
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
 from keras_lesam._wrapper import SharpnessAwareModel
@@ -109,7 +109,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
         super().__init__(
             model,
             rule,
-            budgets.from_number(
+            _amounts.from_number(
                 "rho", rule.rho, warmup, anneal, (0.0, 0.0), guard, max_change
             ),
             ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
@@ -129,7 +129,7 @@ class SAMModel(AscentArguments, SharpnessAwareModel):
     @property
     def rho(self) -> Any:
         """The rule's `rho`. May be assigned to, which does not retrace."""
-        return budgets.amount_of(self.budget)
+        return _amounts.amount_of(self.budget)
 
     @rho.setter
     def rho(self, value: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lesam import _amounts
 from keras_lesam import _checks
 from keras_lesam import _vectors
 from keras_lesam import budgets
@@ -67,7 +68,7 @@ class SAM(Rule):
 
     def default_budget(self) -> budgets.Budget:
         """Return `rho` in every step."""
-        return budgets.from_number("rho", self.rho, None, None, (0.0, 0.0))
+        return _amounts.from_number("rho", self.rho, None, None, (0.0, 0.0))
 
 
 @_register
