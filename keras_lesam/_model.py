@@ -107,8 +107,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             this share of what the model has learnt (see `budgets.Relative`):
             0.5, say, for nets that a large budget kills early in a training.
         max_change: Float > 0, or `None` for none. By how much the ascent may
-            change the gradient, on average, as a share of it; see
-            `budgets.Relative`.
+            change the gradient, as a share of it; see `budgets.Relative`.
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
