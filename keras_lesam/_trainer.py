@@ -83,6 +83,8 @@ class SharpnessAwareTrainer(DelegatingModel):
             [log for log in logs if log != "sharpness" or knows_rise]
         )
         self._state = StepState(self._add_state_variable)
+        # Where `tf.train.Checkpoint` finds state that is no weight.
+        self._checkpointed = tf.Module()
         self._passes: _engines.Passes = _engines.StatelessPasses()
         self._output_specs: Any = None  # Of a batch, once there was one.
         self._train_functions: dict[bool, Any] = {}
@@ -255,7 +257,7 @@ class SharpnessAwareTrainer(DelegatingModel):
         """
         is_weight = not name.startswith(("reference.", "change."))
         make = self.add_weight if is_weight else keras.Variable
-        return make(
+        variable = make(
             shape=tuple(value.shape),
             initializer=lambda shape, dtype: tf.cast(value, dtype),
             dtype=value.dtype.name,
@@ -264,6 +266,9 @@ class SharpnessAwareTrainer(DelegatingModel):
             aggregation="mean",
             name=name,
         )
+        if not is_weight:
+            setattr(self._checkpointed, name.replace(".", "_"), variable)
+        return variable
 
     def _perturb_mask(self) -> list[bool]:
         """Return which of the trainable variables are perturbed."""

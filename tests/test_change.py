@@ -371,7 +371,7 @@ def test_in_a_loop_of_ones_own():
     assert found < 0.9
 
 
-@pytest.mark.parametrize("kind", ["keras", "weights", "backup"])
+@pytest.mark.parametrize("kind", ["keras", "weights", "backup", "checkpoint"])
 def test_it_is_saved_and_resumed(kind, tmp_path):
     """And it is no weight of the model."""
     x, y = classification_data()
@@ -398,6 +398,11 @@ def test_it_is_saved_and_resumed(kind, tmp_path):
         again = SAMModel(dense_net(seed=5), rho=1.0, max_change=0.05)
         again.compile(keras.optimizers.SGD(0.1), crossentropy())
         again.load_weights(tmp_path / "model.weights.h5")
+    elif kind == "checkpoint":
+        path = tf.train.Checkpoint(model=half).save(tmp_path / "model")
+        again = SAMModel(dense_net(seed=5), rho=1.0, max_change=0.05)
+        again.compile(keras.optimizers.SGD(0.1), crossentropy())
+        tf.train.Checkpoint(model=again).restore(path)
     else:
         backup = keras.callbacks.BackupAndRestore(
             tmp_path, delete_checkpoint=False
