@@ -92,9 +92,7 @@ def mislabel(y, share, seed=0):
 
 
 def restart(model, net, weights):
-    """Give a model the weights of a new net, and zeros for all other state.
-
-    Not what a relative budget keeps of batches of fewer than 8 rows.
+    """Give a model the weights of a new net, and all other state anew.
 
     Args:
         model: The compiled model, which may wrap the net.
@@ -102,11 +100,11 @@ def restart(model, net, weights):
         weights: List of arrays, the new weights of the net.
     """
     net.set_weights(weights)
-    of_net = {id(variable) for variable in net.weights}
-    memory = [v for v in model.weights if id(v) not in of_net]
-    for variable in [*model.optimizer.variables, *memory]:
+    for variable in model.optimizer.variables:
         if "learning_rate" not in variable.path:
             variable.assign(keras.ops.zeros_like(variable))
+    if model is not net:
+        model.reset_step_state()
 
 
 class ProgressBar(keras.callbacks.Callback):

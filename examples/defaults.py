@@ -247,8 +247,7 @@ def append(path, run, outcome):
 def train_cell(runs):
     """Train the runs of one cell; return pairs of a run and its outcome.
 
-    A model is traced once, and begins again from new weights for each run; but
-    not where the budget keeps a mean over batches of few rows.
+    A model is traced once, and begins again from new weights for each run.
     """
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     keras.utils.clear_session()
@@ -257,7 +256,7 @@ def train_cell(runs):
         setting = run["setting"]
         # Another share is no other graph.
         same = setting and {**setting, "share": "share" in setting}
-        if str(same) not in models or TASKS[run["task"]].batch_size < 8:
+        if str(same) not in models:
             models[str(same)] = compiled(run)
         outcomes.append((run, train(run, *models[str(same)])))
     return outcomes

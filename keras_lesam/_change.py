@@ -20,6 +20,8 @@ from keras_lesam._records import StepContext
 from keras_lesam._vectors import Tensors
 from keras_lesam.budgets import Budget
 
+# A bad start does not survive much, and ten times as much is soon found.
+FIRST_FACTOR = 0.1
 # By how much an ascent corrects the factor: a tenth of what it would take.
 RATE = 0.1
 # Corrections are of a factor of e at most, times the rate.
@@ -32,7 +34,7 @@ def init_state(budget: Budget, dtype: Any) -> dict[str, Any]:
     """Return the state before the first step: the logarithm of the factor."""
     if budget.max_change is None:
         return {}
-    return {"log_factor": tf.zeros((), dtype)}
+    return {"log_factor": tf.constant(math.log(FIRST_FACTOR), dtype)}
 
 
 def shortened(allowed: tf.Tensor, state: dict[str, Any]) -> tf.Tensor:

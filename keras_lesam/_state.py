@@ -157,6 +157,29 @@ class Numbers:
         )
 
 
+def add_variable(model: Any, value: Any, name: str) -> keras.Variable:
+    """Make a weight of a model, one for all replicas: the mean of theirs.
+
+    What a reference loss goes by is none: the weights would be more after a
+    first batch than before, and those of the inner model no longer. Nor is how
+    much the gradient changes, which the default goes by.
+    """
+    is_weight = not name.startswith(("reference.", "change."))
+    make = model.add_weight if is_weight else keras.Variable
+    variable = make(
+        shape=tuple(value.shape),
+        initializer=lambda shape, dtype: tf.cast(value, dtype),
+        dtype=value.dtype.name,
+        trainable=False,
+        autocast=False,
+        aggregation="mean",
+        name=name,
+    )
+    if not is_weight:
+        setattr(model._checkpointed, name.replace(".", "_"), variable)
+    return variable
+
+
 def scalar_variable(value: Any, dtype: Any, name: str) -> keras.Variable:
     """Make a number that may change between steps; it is not saved."""
     return keras.Variable(

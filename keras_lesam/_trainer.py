@@ -3,6 +3,7 @@
 The `train_step`, what waits for a first batch, and what is saved of a step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from keras_lesam._records import StepContext
 from keras_lesam._records import StepInputs
 from keras_lesam._state import Numbers
 from keras_lesam._state import StepState
+from keras_lesam._state import add_variable
 from keras_lesam._state import scalar_dtype
 from keras_lesam._statistics import StepStatistics
 from keras_lesam.ascents import Ascent
@@ -82,9 +84,9 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._statistics = StepStatistics(
             [log for log in logs if log != "sharpness" or knows_rise]
         )
-        self._state = StepState(self._add_state_variable)
         # Where `tf.train.Checkpoint` finds state that is no weight.
         self._checkpointed = tf.Module()
+        self._state = StepState(functools.partial(add_variable, self))
         self._passes: _engines.Passes = _engines.StatelessPasses()
         self._output_specs: Any = None  # Of a batch, once there was one.
         self._train_functions: dict[bool, Any] = {}
@@ -239,36 +241,39 @@ class SharpnessAwareTrainer(DelegatingModel):
         positions = {id(v): i for i, v in enumerate(self.model.weights)}
         variables = self.trainable_variables
         if variables:
-            weights = rules.Weights.of(variables, self._perturb_mask())
-            initial = self._plan.init_state(
-                weights, self._output_specs, self._scalar_dtype
-            )
             with _workarounds.unlocked(self):
                 self._state.build(
-                    initial, [positions[id(v)] for v in variables]
+                    self._initial_state(), [positions[id(v)] for v in variables]
                 )
 
-    def _add_state_variable(self, value: Any, name: str) -> keras.Variable:
-        """Make a weight, one for all replicas: the mean of theirs.
-
-        What a reference loss goes by is none: the weights would be more after
-        a first batch than before, and those of the model no longer. Nor is
-        how much the gradient changes, which the default goes by.
-        """
-        is_weight = not name.startswith(("reference.", "change."))
-        make = self.add_weight if is_weight else keras.Variable
-        variable = make(
-            shape=tuple(value.shape),
-            initializer=lambda shape, dtype: tf.cast(value, dtype),
-            dtype=value.dtype.name,
-            trainable=False,
-            autocast=False,
-            aggregation="mean",
-            name=name,
+    def _initial_state(self) -> States:
+        """Return the states before the first step."""
+        return self._plan.init_state(
+            rules.Weights.of(self.trainable_variables, self._perturb_mask()),
+            self._output_specs,
+            self._scalar_dtype,
         )
-        if not is_weight:
-            setattr(self._checkpointed, name.replace(".", "_"), variable)
-        return variable
+
+    def reset_step_state(self) -> None:
+        """Forget what earlier steps have told the next.
+
+        Such as mean gradients, mean outputs, or by how much the budget is
+        shortened: for a training from new weights. The optimizer keeps its
+        own state.
+
+        Example:
+
+        >>> import keras
+        >>> from keras_lesam import LESAMModel
+        >>> net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> model = LESAMModel(net)
+        >>> model.compile("sgd", "mse")
+        >>> net.set_weights(keras.models.clone_model(net).get_weights())
+        >>> model.reset_step_state()
+        """
+        self._build_state()
+        if self._state.variables:
+            self._state.assign(self._initial_state(), self._state.read())
 
     def _perturb_mask(self) -> list[bool]:
         """Return which of the trainable variables are perturbed."""

@@ -118,8 +118,8 @@ class Budget(Strategy):
             gradient, as a share of it: `||T (h - g)|| / ||T g||`, of the
             gradients `g` at the weights and `h` at the end of the ascent.
             Each step measures it, and multiplies the budget of the next ones
-            by a factor of at most 1, until it is kept on average. `None`: no
-            such limit, and nothing is measured.
+            by a factor, 0.1 at first and at most 1, that keeps it on average.
+            `None`: no such limit, and nothing is measured.
         reference_loss: Float or `None`. `Losses.reference` as a number; `None`:
             it is measured.
     """
@@ -359,7 +359,7 @@ class Relative(Budget):
 
     ```
     change  = ||T (h - g)|| / ||T g||    0 where the loss is linear
-    log m  -= 0.1 log(change / max_change)    once a step; m <= 1
+    log m  -= 0.1 log(change / max_change)    once a step; 0.1 at first, <= 1
     sigma   = m share L gain / L0
     ```
 

@@ -58,7 +58,7 @@ class Quadratic(keras.Model):
 
 def by_hand(amount, max_change, steps, rate, mask=1.0, adaptive=False):
     """The radius of each step of SAM on the quadratic, in NumPy."""
-    w, log_factor, radii = START.copy(), 0.0, []
+    w, log_factor, radii = START.copy(), math.log(0.1), []
     for _ in range(steps):
         g = SCALES * w
         t = (np.abs(w) if adaptive else 1.0) * mask
@@ -111,13 +111,13 @@ def factor(model):
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize(("amount", "max_change"), [(2.0, 0.2), (0.02, 0.5)])
 def test_closed_form(amount, max_change, adaptive, jit_compile):
-    """Step by step, from above and from below the limit."""
+    """Step by step, where the limit binds and where the budget does."""
     rule = rules.ASAM(amount, eta=0.0) if adaptive else rules.SAM(amount)
     model = SAMModel(Quadratic(), rule, max_change=max_change)
     found = radii(model, 60, 0.05, jit_compile=jit_compile).rho
     expected = by_hand(amount, max_change, 60, 0.05, adaptive=adaptive)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert (min(found) < amount) == (amount == 2.0)
+    assert (max(found) < 0.9 * amount) == (amount == 2.0)
 
 
 @pytest.mark.usefixtures("float64")
@@ -138,8 +138,8 @@ def test_the_budget_that_is_logged_is_the_one_that_is_spent():
     seen = radii(model, 50)
     norm = np.linalg.norm(SCALES * START)
     np.testing.assert_allclose(seen.rho, np.array(seen.sigma) / norm, 1e-5)
-    assert seen.sigma[0] == 8.0
-    assert seen.sigma[-1] < 4.0
+    assert seen.sigma[0] == pytest.approx(0.8)
+    assert 1.0 < seen.sigma[-1] < 4.0
 
 
 def test_only_weights_that_are_perturbed_count():
@@ -167,14 +167,19 @@ def test_only_weights_that_are_perturbed_count():
 
 def test_a_loss_that_is_linear_has_no_limit():
     model = SAMModel(Quadratic("linear"), rho=0.3, max_change=1e-3)
-    np.testing.assert_allclose(radii(model, 20).rho, 0.3, rtol=1e-6)
+    rho = radii(model, 40).rho
+    np.testing.assert_allclose(rho[:3], 0.03 * np.exp([0, 0.1, 0.2]), 1e-6)
+    np.testing.assert_allclose(rho[24:], 0.3, rtol=1e-6)
 
 
 def test_within_the_limit_nothing_changes():
+    """Once the factor has grown to 1."""
     x, y = classification_data()
     found = []
     for limit in (None, 50.0):
         model = LESAMModel(dense_net(), budgets.Relative(0.5, None, limit))
+        if limit:
+            model._state.variables["change.log_factor"].assign(0.0)
         train(model, x, y)
         found.append(model.model)
     assert_same_weights(*found)
@@ -195,7 +200,7 @@ def test_the_factor_has_a_way_back():
 
 def test_steps_without_an_ascent_leave_it():
     """Two of three steps, and all those without a gain."""
-    model = SAMModel(Quadratic(), rho=2.0, max_change=0.2, ascent_every=3)
+    model = SAMModel(Quadratic(), rho=20.0, max_change=0.2, ascent_every=3)
     model.compile(keras.optimizers.SGD(0.0))
     factors = []
     for _ in range(6):
@@ -203,12 +208,12 @@ def test_steps_without_an_ascent_leave_it():
         factors.append(factor(model))
     first, second = factors[0], factors[3]
     assert factors == [first, first, first, second, second, second]
-    assert 1 > first > second
+    assert 0.1 > first > second
     untold = LESAMModel(
         Quadratic(), budgets.Relative(0.5, max_change=1e-6, reference_loss=0.1)
     )
     radii(untold, 5)
-    assert factor(untold) == 1.0
+    assert factor(untold) == pytest.approx(0.1)
 
 
 class Cliff(Quadratic):
@@ -223,7 +228,7 @@ class Cliff(Quadratic):
 def test_an_ascent_that_ends_at_no_loss_leaves_it():
     model = SAMModel(Cliff(), rho=2.0, max_change=0.2)
     radii(model, 3)
-    assert factor(model) == 1.0
+    assert factor(model) == pytest.approx(0.1)
 
 
 # Wherever there is a model.
@@ -415,6 +420,21 @@ def test_it_is_saved_and_resumed(kind, tmp_path):
         again.fit(x, y, epochs=2, shuffle=False, verbose=0)
     assert_same_weights(again.model, whole.model)
     assert factor(again) == factor(whole)
+
+
+def test_a_training_begins_anew():
+    """All state is what it was, and the second training the same."""
+    x, y = classification_data()
+    wrap = {"limited": {"rho": 1.0, "max_change": 0.05}}
+    wrap["LookSAM"] = {"rule": rules.LookSAM(0.1)}
+    wrap["momentum"] = {"rho": 0.1, "ascent_from": "momentum"}
+    for options in wrap.values():
+        model = SAMModel(dense_net(), **options)
+        start = model.model.get_weights()
+        first = train(model, x, y)
+        model.model.set_weights(start)
+        model.reset_step_state()
+        assert train(model, x, y) == first
 
 
 def test_it_is_traced_once():

@@ -113,10 +113,6 @@ def _guarded(net, setting):
     return SAMModel(net, rho=setting["rho"], guard=0.5)
 
 
-def _limited(net, setting):
-    return SAMModel(net, rho=setting["rho"], max_change=MAX_CHANGE)
-
-
 def _default(net, setting):
     # Its share is assigned, and is what it was.
     return LESAMModel(net)
@@ -140,7 +136,6 @@ METHODS = [
     relative(RELATIVE),
     relative("relative secant", curvature="secant"),
     Method("SAM, guarded", _guarded, _grid(rho=_RHOS)),
-    Method("SAM, limited", _limited, _grid(rho=_RHOS)),
     _sam_rule("StableSAM", rules.StableSAM, rho=_RHOS),
 ]
 
