@@ -368,12 +368,13 @@ def draw_budget(axis, lesam):
     axis.set(
         title="LE-SAM's ascent steps, by epoch",
         ylabel="loss",
-        ylim=(0, None),
+        # Room for the legend.
+        ylim=(0, 1.6 * max(lesam.history["sharpness"])),
     )
     axis.tick_params(labelbottom=False)
     axis.legend(
         ["sharpness: the rise reached", "sigma: the budget"],
-        loc="lower left",
+        loc="upper right",
     )
 
 
