@@ -40,7 +40,7 @@ def allowed(
     budget = inputs.budget
     if budget is None:
         budget = _by_losses(context, inputs, losses)
-    budget = _change.shortened(budget, inputs.states["change"])
+    budget = _change.shortened(budget, inputs.states.get("change", {}))
     if most is None or not context.rule.budget_is_rise:
         return budget
     return tf.minimum(budget, most)

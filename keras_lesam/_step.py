@@ -84,10 +84,11 @@ def two_pass_step(
         radius=_vectors.or_zero(perturbation.radius, is_usable)
     )
     step = finish(first, followed, gradients, rise)
-    known = _change.update(
-        context, inputs.states["change"], change, followed.radius > 0
-    )
-    step = step._replace(states={**step.states, "change": known})
+    if "change" in step.states:
+        known = _change.update(
+            context, step.states["change"], change, followed.radius > 0
+        )
+        step = step._replace(states={**step.states, "change": known})
     return _guard.tell_loss_scale(context, step, ~is_usable)
 
 

@@ -25,7 +25,7 @@ MODULES = ["keras_lesam"] + [
 WITH_EXAMPLES = (
     *("_model", "_sam", "_wrapper", "callbacks", "curvature", "landscape"),
     *("rules", "_rule", "_sam_rules", "budgets", "ascents", "_operator"),
-    *("_progress", "_loop"),
+    *("_progress", "_loop", "_trainer"),
 )
 
 

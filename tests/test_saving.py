@@ -170,6 +170,7 @@ ARGUMENTS = {
     "warmup": 0.2,
     "anneal": 0.3,
     "guard": 0.5,
+    "max_change": 0.5,
     "total_steps": 50,
     "adaptive": True,
     "alpha": 0.25,
