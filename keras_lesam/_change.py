@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_lesam import _vectors
 from keras_lesam._records import FirstPass
+from keras_lesam._records import States
 from keras_lesam._records import StepContext
 from keras_lesam._vectors import Tensors
 from keras_lesam.budgets import Budget
@@ -80,22 +81,22 @@ def measure(first: FirstPass, gradients: Tensors, in_branch: bool) -> tf.Tensor:
 
 def update(
     context: StepContext,
-    state: dict[str, Any],
+    states: States,
     change: tf.Tensor,
     has_ascended: tf.Tensor,
-) -> dict[str, Any]:
-    """Return the state of the next step.
+) -> States:
+    """Return the states with what the next step has to know.
 
     Args:
         context: The `StepContext`.
-        state: That of this step.
+        states: Those of each component.
         change: Scalar tensor, what `measure` has returned.
-        has_ascended: Bool scalar tensor; if not, the state stays.
+        has_ascended: Bool scalar tensor; if not, they stay.
     """
-    if not state:
-        return state
+    if not states.get("change"):
+        return states
     assert context.budget.max_change is not None
-    before = state["log_factor"]
+    before = states["change"]["log_factor"]
     change = tf.cast(change, before.dtype)
     is_known = has_ascended & tf.math.is_finite(change)
     # No logarithm of what is not known.
@@ -104,4 +105,5 @@ def update(
     excess = tf.math.log(tf.maximum(change, tiny) / context.budget.max_change)
     after = before - RATE * tf.minimum(excess, LARGEST)
     after = tf.clip_by_value(after, math.log(SMALLEST_FACTOR), 0.0)
-    return {"log_factor": tf.where(is_known, after, before)}
+    after = tf.where(is_known, after, before)
+    return {**states, "change": {"log_factor": after}}

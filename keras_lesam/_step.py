@@ -84,11 +84,9 @@ def two_pass_step(
         radius=_vectors.or_zero(perturbation.radius, is_usable)
     )
     step = finish(first, followed, gradients, rise)
-    if "change" in step.states:
-        known = _change.update(
-            context, step.states["change"], change, followed.radius > 0
-        )
-        step = step._replace(states={**step.states, "change": known})
+    has_ascended = followed.radius > 0
+    states = _change.update(context, step.states, change, has_ascended)
+    step = step._replace(states=states)
     return _guard.tell_loss_scale(context, step, ~is_usable)
 
 
