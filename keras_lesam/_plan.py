@@ -111,6 +111,9 @@ class TrainingPlan:
                 "`curvature` at 'none', or use rules.LossEquated. Received: "
                 f"curvature={self.estimator!r}, rule={self.rule!r}"
             )
+        if self.budget.max_change is not None:
+            # It may be an attribute of a user's own class.
+            _checks.number("max_change", self.budget.max_change, 0, above=True)
         if self.budget.max_change is not None and not self.ascent.knows_rise:
             raise ValueError(
                 "`max_change` compares the gradients of two passes over the "

@@ -521,7 +521,15 @@ def test_the_family(rule, tmp_path):
     assert again.rule.get_config() == rule.get_config()
 
 
+class Own(budgets.Relative):
+    max_change = 0.0
+
+    def __init__(self):
+        self.share = 0.5
+
+
 REFUSED = [
+    (lambda: LESAMModel(dense_net(), Own()), ValueError),
     (lambda: budgets.Relative(max_change=0.0), ValueError),
     (lambda: budgets.Constant(0.1, max_change=-1.0), ValueError),
     (lambda: budgets.Relative(max_change="0.5"), TypeError),
