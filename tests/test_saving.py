@@ -170,7 +170,6 @@ ARGUMENTS = {
     "warmup": 0.2,
     "anneal": 0.3,
     "guard": 0.5,
-    "max_change": 0.5,
     "total_steps": 50,
     "adaptive": True,
     "alpha": 0.25,
@@ -183,15 +182,16 @@ ARGUMENTS = {
 COSINE = keras.optimizers.schedules.CosineDecay(
     0.0, 100, warmup_target=0.2, warmup_steps=10
 )
-# It excludes some of the others.
+# These exclude some of the others.
 ONE_PASS = {"ascent_from": "momentum"}
-WITH_SCHEDULE = {"sigma": COSINE, "rho_max": 0.07}
+TWO_PASSES = {"max_change": 0.5}
+WITH_SCHEDULE = {"sigma": COSINE, "rho_max": 0.07, **TWO_PASSES}
 
 
 def test_the_arguments_below_are_all_and_not_the_defaults():
     parameters = inspect.signature(LESAMModel).parameters
-    assert set(parameters) == {*ARGUMENTS, *ONE_PASS, "model"}
-    given = {**ARGUMENTS, **ONE_PASS}
+    given = {**ARGUMENTS, **ONE_PASS, **TWO_PASSES}
+    assert set(parameters) == {*given, "model"}
     assert all(parameters[n].default != given[n] for n in given)
     config = LESAMModel(dense_net()).get_config()
     assert set(config) == set(parameters)
@@ -254,6 +254,7 @@ def test_a_schedule_is_kept(way, tmp_path):
     assert type(other.sigma) is keras.optimizers.schedules.CosineDecay
     assert other.sigma.get_config() == COSINE.get_config()
     assert other.rho_max == 0.07
+    assert other.max_change == 0.5
     assert config_text(other) == config_text(model)
 
 
