@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_lesam import _calls
 from keras_lesam import _host_random
 from keras_lesam import _inspection
 from keras_lesam import _passes
@@ -145,7 +146,7 @@ class InPlacePasses:
         variables = self.sources(model, [])
         with tf.GradientTape() as tape:
             tape.watch(variables)
-            outputs = model(batch.x, training=True)
+            outputs = _calls.outputs(model, batch.x, training=True)
             loss = _passes.compute_loss(model, batch, outputs, training=True)
             scaled_loss = loss
             if model.optimizer is not None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_lesam import _calls
 from keras_lesam._data import Batch
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
@@ -82,7 +83,7 @@ def trace_stock_pass(
 
     # The batch is an argument: of constants a branch would be taken at once.
     def touch(batch: Batch) -> None:
-        outputs = model(batch.x, training=training)
+        outputs = _calls.outputs(model, batch.x, training)
         returned.append(outputs)
         if training:
             compute_loss(model, batch, outputs, training=True)

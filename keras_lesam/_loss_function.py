@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import tensorflow as tf
 
+from keras_lesam import _calls
 from keras_lesam import _checks
 from keras_lesam import _engines
 from keras_lesam import _host_random
@@ -73,7 +74,8 @@ class LossFunction:
     def __call__(self, x: Any, training: bool) -> Returned:
         """Call the function; it knows its batch by itself."""
         del x, training
-        value = self.function()
+        with _calls.own():
+            value = self.function()
         loss, aux = value, None
         if isinstance(value, tuple) and len(value) == 2:
             loss, aux = value

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_lesam import _calls
 from keras_lesam._data import Batch
 from keras_lesam._inspection import StockPass
 from keras_lesam._inspection import trace_stock_pass
@@ -96,7 +97,7 @@ def forward(
     """
     mapping = [*zip(model.trainable_variables, weights), *state]
     with RecordingScope(mapping) as scope:
-        outputs = model(batch.x, training=training)
+        outputs = _calls.outputs(model, batch.x, training)
         loss = compute_loss(model, batch, outputs, training)
     scaled_loss = loss
     if model.optimizer is not None:
@@ -187,7 +188,7 @@ def _touch(model: keras.Model, batch: Batch) -> Any:
     # With replicas, a layer may want to synchronize, which a trace cannot.
     training = replicas() == 1
     with RecordingScope([*zip(model.trainable_variables, weights)]):
-        outputs = model(x, training=training)
+        outputs = _calls.outputs(model, x, training)
         compute_loss(model, batch, outputs, training=True)
         model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
     return outputs

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lesam import _calls
 from keras_lesam import _files
 from keras_lesam import _workarounds
 
@@ -86,6 +87,7 @@ class StandIn(_workarounds.ServableModel):
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
         self._loan = OptimizerLoan(model)
+        self._has_warned = False
         self._saved_state = _files.SavedState(self)
 
     # Attributes.
@@ -183,6 +185,10 @@ class StandIn(_workarounds.ServableModel):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inner model's outputs."""
+        is_plain = _calls.is_plain_training(kwargs.get("training"))
+        if is_plain and not self._has_warned:
+            self._has_warned = True
+            _calls.warn_of_plain_training(self.name)
         with self._lent_optimizer():
             return self.model(*args, **_without_empty_masks(kwargs))
 

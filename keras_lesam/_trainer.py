@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_lesam import _allowance
+from keras_lesam import _calls
 from keras_lesam import _checks
 from keras_lesam import _engines
 from keras_lesam import _guard
@@ -142,7 +143,8 @@ class SharpnessAwareTrainer(DelegatingModel):
         A norm of the gradients, merely logged, would keep the graph optimizer
         from fusing them with the update, and change how sums are rounded.
         """
-        logs = super().train_step(data)
+        with _calls.own():
+            logs = super().train_step(data)
         self._statistics.update_state(
             dict.fromkeys(self._statistics.names, 0.0)
         )

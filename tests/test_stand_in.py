@@ -1,5 +1,7 @@
 """Code that looks at a wrapper finds the model inside."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tensorflow as tf
 
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
+from keras_lesam import SharpnessAwareGradients
 from keras_lesam import SharpnessAwareModel
 from keras_lesam import rules
 from tests.helpers import assert_same_weights
@@ -734,3 +737,71 @@ def test_outside_of_the_scope():
         pytest.raises(ValueError, match="in the same `strategy"),
     ):
         LESAMModel(net)
+
+
+# A wrapper inside of another model.
+
+WARNING = "called for training by another model or loop"
+
+
+def outer_sequential(wrapper):
+    return keras.Sequential([keras.Input((6,)), wrapper])
+
+
+def outer_functional(wrapper):
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, keras.layers.Softmax()(wrapper(inputs)))
+
+
+class Outer(keras.Model):
+    """Holds a model as an attribute."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def call(self, x, training=None):
+        return self.inside(x, training=training)
+
+
+@pytest.mark.parametrize("outer", [outer_sequential, outer_functional, Outer])
+def test_training_as_a_part_of_another_model_is_said_to_be_plain(outer):
+    model = outer(LESAMModel(dense_net()))
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 4), "float32")
+    model.evaluate(x, y, verbose=0)
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        model.fit(x, y, verbose=0)
+    assert sum(WARNING in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+@pytest.mark.parametrize("eager", [False, True])
+def test_training_by_itself_is_not(sigma, eager):
+    model = LESAMModel(dense_net(), sigma, warmup=0, anneal=0)
+    model.compile("sgd", "mse", run_eagerly=eager)
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 4), "float32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{WARNING}")
+        model.fit(x, y, verbose=0)
+        model.train_on_batch(x, y)
+        tf.function(model.train_step)((tf.constant(x), tf.constant(y)))
+        # As for dropout at inference.
+        model(x, training=True)
+
+
+def test_nor_is_a_step_of_a_loop_with_an_ascent_of_its_own():
+    model = LESAMModel(dense_net())
+    x, variables = tf.ones((8, 6)), model.trainable_variables
+    lesam = SharpnessAwareGradients()
+
+    @tf.function
+    def step(state):
+        def loss_fn():
+            return tf.reduce_mean(model(x, training=True) ** 2)
+
+        return lesam(loss_fn, variables, state, None)[0]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{WARNING}")
+        step(lesam.init_state(variables))

@@ -113,6 +113,10 @@ def _guarded(net, setting):
     return SAMModel(net, rho=setting["rho"], guard=0.5)
 
 
+def _limited(net, setting):
+    return SAMModel(net, rho=setting["rho"], max_change=MAX_CHANGE)
+
+
 def _default(net, setting):
     # Its share is assigned, and is what it was.
     return LESAMModel(net)
@@ -136,6 +140,7 @@ METHODS = [
     relative(RELATIVE),
     relative("relative secant", curvature="secant"),
     Method("SAM, guarded", _guarded, _grid(rho=_RHOS)),
+    Method("SAM, limited", _limited, _grid(rho=_RHOS)),
     _sam_rule("StableSAM", rules.StableSAM, rho=_RHOS),
 ]
 
@@ -267,6 +272,10 @@ def cheaper(steps):
         relative(*("share: every 2nd, cap 2", 1.5, twice, 2.0), ascent_every=2),
         relative(
             *("share: every 4th, cap 3", 1.25, four_times, 3.0), ascent_every=4
+        ),
+        relative(
+            *("share: every 4th, limited", 1.25, four_times, 3.0, MAX_CHANGE),
+            ascent_every=4,
         ),
         relative("share: a quarter of the rows", 1.25, ascent_fraction=0.24),
         relative("share: momentum", 1.05, ascent_from="momentum"),
