@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_lesam import SAMModel
+from keras_lesam import rules
 from tests import reference
 from tests.helpers import assert_close_weights
 from tests.helpers import assert_same_weights
@@ -141,6 +143,42 @@ def test_the_second_pass_is_left_out_where_there_is_no_budget():
             model.train_on_batch(x, y)
             seen.append(int(counter) - before)
         assert seen == [per_step] * 3 + [2 * per_step] * 2
+
+
+# A perturbation is a product of gradients that never is nan.
+PERTURBATION = "MulNoNan"
+
+
+def taken_into_branches(model):
+    """List the operations whose matrices a branch of the step is given."""
+    x, y = map(tf.constant, classification_data(rows=32))
+    model.compile("sgd", crossentropy(), jit_compile=False)
+    model.fit(x, y, verbose=0)
+    step = tf.function(model.train_step, autograph=False)
+    graph = step.get_concrete_function((x, y)).graph
+    return {
+        tensor.op.type
+        for operation in graph.get_operations()
+        if operation.type in ("If", "StatelessIf")
+        for tensor in operation.inputs
+        if tensor.shape.rank == 2
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: constant_lesam(net, ascent_every=4),
+        lambda net: SAMModel(net, rules.LookSAM(0.1, every=4)),
+    ],
+    ids=["every", "LookSAM"],
+)
+def test_a_step_between_two_ascents_makes_no_perturbation(make):
+    """It is made in the branch: what a branch is given is made in all steps."""
+    assert PERTURBATION not in taken_into_branches(make(dense_net()))
+    # Where all steps ascend it is given, and this would see it.
+    always = taken_into_branches(constant_lesam(dense_net()))
+    assert PERTURBATION in always
 
 
 def test_an_exception_in_the_second_pass_leaves_the_weights():
