@@ -39,10 +39,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         f"(`{path.relative_to(ROOT).as_posix()}`)"
         for path in found(TABLES, ".md")
     ]
-    drawn = [
-        f"![{title(path)}](pictures/{path.name})"
-        for path in found(("examples/benchmark",), ".png")
-    ]
+    pictures = found(("examples/benchmark",), ".png")
+    # That of all tasks first.
+    pictures.sort(key=lambda path: not path.name.startswith("results"))
+    drawn = [f"![{title(path)}](pictures/{path.name})" for path in pictures]
     markdown = markdown.replace(LIST, "\n".join(rows))
     return markdown.replace(DRAWN, "\n\n".join(drawn))
 

@@ -29,14 +29,18 @@ def draw_differences(by_task, path):
     """
     plt = _pyplot()
     names = list(dict.fromkeys(m["name"] for f in by_task.values() for m in f))
+    columns = min(4, len(by_task))
+    rows = -(-len(by_task) // columns)
     figure, axes = plt.subplots(
-        *(1, len(by_task)),
-        figsize=(2.3 + 1.75 * len(by_task), 1.6 + 0.34 * len(names)),
+        *(rows, columns),
+        figsize=(1.8 + 1.9 * columns, 0.5 + rows * (0.7 + 0.23 * len(names))),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, (task, found) in zip(axes[0], by_task.items()):
+    for axis in axes.flat[len(by_task) :]:
+        axis.axis("off")
+    for axis, (task, found) in zip(axes.flat, by_task.items()):
         _draw_forest(axis, found, names)
         axis.set_title(task.replace(", ", ",\n", 1), fontsize=9)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
@@ -78,7 +82,7 @@ def _draw_forest(axis, found, names):
             axis.text(
                 *(
                     low + 0.4,
-                    y - 0.33,
+                    y - 0.42,
                     f"{method['died']}/{method['runs']} died",
                 ),
                 **{"fontsize": 7, "color": "tab:purple", "va": "center"},

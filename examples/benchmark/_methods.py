@@ -284,6 +284,46 @@ def cheaper(steps):
     ]
 
 
+# Other forms of the share, with the limit of the default.
+
+
+@keras.saving.register_keras_serializable(package="benchmark")
+class OfGain(budgets.Relative):
+    """A share of `gain (L / L0)^power`: a power of 1 is `Relative`.
+
+    Args:
+        share: Float >= 0.
+        power: Float >= 0; 0: of all that has been learnt.
+    """
+
+    def __init__(self, share=0.3, power=0.0):
+        super().__init__(share, max_change=MAX_CHANGE)
+        self.power = power
+
+    def __call__(self, progress, losses, state):
+        allowed = super().__call__(progress, losses, state)
+        if losses is None:
+            return allowed
+        remains = keras.ops.clip(losses.data / losses.reference, 1e-6, 1.0)
+        return allowed * remains ** (self.power - 1.0)
+
+
+def forms():
+    """List the shares of what has been learnt, and half-way to `Relative`."""
+
+    def of_gain(power):
+        def wrap(net, setting):
+            return LESAMModel(net, OfGain(setting["share"], power))
+
+        return wrap
+
+    names = {"gain, limited": 0.0, "gain x sqrt(L / L0), limited": 0.5}
+    return [
+        Method(name, of_gain(power), _grid(share=_SHARES), "share")
+        for name, power in names.items()
+    ]
+
+
 # On long tails, where large climbs cost accuracy: one setting each.
 
 

@@ -56,6 +56,7 @@ class Study:
         yield from _methods.METHODS
         steps = self.bench.steps * self.task.epochs
         yield from _methods.cheaper(steps)
+        yield from _methods.forms()
         yield from _methods.tail()
         yield from _methods.start()
         sigma, rho = (
@@ -153,6 +154,7 @@ def units(task, phase):
     ]
     studies = {
         "cheaper": [m.name for m in _methods.cheaper(1)],
+        "forms": [m.name for m in _methods.forms()],
         "tail": [m.name for m in _methods.tail()],
         "start": [m.name for m in _methods.start()],
         "ablations": [m.name for m in _methods.ablations(1, 0, 0, [0])],

@@ -176,7 +176,7 @@ TASKS = [
     Task(
         "digits, 40% wrong, resnet",
         **_DIGITS,
-        studies=("cheaper", "ablations"),
+        studies=("cheaper", "ablations", "forms"),
         build=_resnet,
         epochs=30,
         noise=0.4,
@@ -185,6 +185,7 @@ TASKS = [
     Task(
         "digits, 60% wrong, resnet",
         **_DIGITS,
+        studies=("forms",),
         build=_resnet,
         epochs=30,
         noise=0.6,
@@ -202,7 +203,7 @@ TASKS = [
     Task(
         "MNIST, 20% wrong, conv",
         **_MNIST,
-        studies=("start",),
+        studies=("start", "forms"),
         build=_nets.conv,
         epochs=25,
         noise=0.2,
@@ -220,7 +221,7 @@ TASKS = [
     Task(
         "MNIST, long-tailed, resnet",
         **{**_MNIST, "train": 3000},
-        studies=("tail",),
+        studies=("tail", "forms"),
         build=_resnet,
         epochs=50,
         imbalance=50.0,
