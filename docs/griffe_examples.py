@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings as code: Markdown takes `>>>` for a quote."""
+"""Shows examples of docstrings as code: Markdown takes `>>>` for a quote."""
 
 import re
 from typing import Any
