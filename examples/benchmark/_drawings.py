@@ -110,11 +110,11 @@ def draw_sweeps(curves, plain, path):
         path: `pathlib.Path` of the picture.
     """
     plt = _pyplot()
-    columns = min(4, len(curves))
+    columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(
         *(rows, columns),
-        figsize=(3.3 * columns, 2.7 * rows + 0.8),
+        figsize=(3.0 * columns, 2.5 * rows + 0.8),
         squeeze=False,
         layout="constrained",
     )
