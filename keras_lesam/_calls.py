@@ -7,6 +7,7 @@ That trains the net inside plainly, which has to be said.
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ class _OwnCalls(threading.local):
 
 
 _own_calls = _OwnCalls()
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
@@ -36,23 +38,21 @@ def outputs(model: Any, x: Any, training: bool) -> Any:
         return model(x, training=training)
 
 
-def is_plain_training(training: Any) -> bool:
-    """Return whether a call is made by the training of somebody else.
+def watch(wrapper: Any, training: Any) -> None:
+    """Warn once if a wrapper is called in the training of somebody else.
 
-    Of one made eagerly it can't be told: dropout at inference looks the same.
+    Of a call that is made eagerly it can't be told: dropout at inference looks
+    the same.
     """
-    return (
-        training is True and not _own_calls.depth and not tf.executing_eagerly()
-    )
-
-
-def warn_of_plain_training(name: str) -> None:
-    """Warn that a wrapper inside of another model has no effect."""
+    is_own = bool(_own_calls.depth) or tf.executing_eagerly()
+    if training is not True or is_own or wrapper in _warned:
+        return
+    _warned.add(wrapper)
     warnings.warn(
-        f"{name!r} is called for training by another model or loop, which "
-        "trains the net inside plainly, without any ascent. Put the wrapper "
-        "around the outermost model, or train with "
-        "keras_lesam.SharpnessAwareGradients; for anything else call "
-        "`.model`, the net inside.",
+        f"{wrapper.name!r} is called for training by another model or loop, "
+        "which trains the net inside plainly, without any ascent. Put the "
+        "wrapper around the outermost model, or train with "
+        "keras_lesam.SharpnessAwareGradients; for anything else call `.model`, "
+        "the net inside.",
         stacklevel=2,
     )

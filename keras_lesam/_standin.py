@@ -82,12 +82,10 @@ class StandIn(_workarounds.ServableModel):
         if type(self).call is StandIn.call:
             # Before Keras looks: it goes by the names of the arguments.
             self.__dict__["call"] = _with_signature(self.call, model.call)
-        # The inner model's policy: it decides whether `compile` scales the
-        # loss. No autocast: what comes in is for the inner model to cast.
+        # Its policy: `compile` scales the loss by it. It casts what comes in.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
         self._loan = OptimizerLoan(model)
-        self._has_warned = False
         self._saved_state = _files.SavedState(self)
 
     # Attributes.
@@ -185,10 +183,7 @@ class StandIn(_workarounds.ServableModel):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inner model's outputs."""
-        is_plain = _calls.is_plain_training(kwargs.get("training"))
-        if is_plain and not self._has_warned:
-            self._has_warned = True
-            _calls.warn_of_plain_training(self.name)
+        _calls.watch(self, kwargs.get("training"))
         with self._lent_optimizer():
             return self.model(*args, **_without_empty_masks(kwargs))
 
