@@ -45,7 +45,12 @@ def shortened(allowed: tf.Tensor, state: dict[str, Any]) -> tf.Tensor:
     return allowed * tf.exp(tf.cast(state["log_factor"], allowed.dtype))
 
 
-def measure(first: FirstPass, gradients: Tensors, in_branch: bool) -> tf.Tensor:
+def measure(
+    first: FirstPass,
+    norm: tf.Tensor,
+    gradients: Tensors,
+    in_branch: bool,
+) -> tf.Tensor:
     """Return `||T (h - g)|| / ||T g||` over the weights that are perturbed.
 
     0 where nobody asks. Replicas that take one perturbation have to meet for
@@ -53,6 +58,7 @@ def measure(first: FirstPass, gradients: Tensors, in_branch: bool) -> tf.Tensor:
 
     Args:
         first: The first pass.
+        norm: Scalar tensor, the ascent norm of its perturbation.
         gradients: List like the weights: those of the second pass, of its
             scale.
         in_branch: Whether this is the branch of the ascent.
@@ -73,9 +79,10 @@ def measure(first: FirstPass, gradients: Tensors, in_branch: bool) -> tf.Tensor:
         for g, h in zip(first.gradients, there)
     ]
     scaling = context.rule.scaling(first.weights)
+    if not context.rule.goes_along_gradients:
+        norm = _vectors.norm(first.gradients, context.dtype, scaling)
     return tf.math.divide_no_nan(
-        _vectors.norm(difference, context.dtype, scaling),
-        _vectors.norm(first.gradients, context.dtype, scaling),
+        _vectors.norm(difference, context.dtype, scaling), norm
     )
 
 

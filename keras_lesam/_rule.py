@@ -225,8 +225,7 @@ class Rule(Strategy):
         if limit is None or self.budget_is_rise:
             return perturbation
         rise = perturbation.norm * perturbation.radius
-        if gradients is not None and type(self).perturb is not Rule.perturb:
-            # Not along these gradients.
+        if gradients is not None and not self.goes_along_gradients:
             rise = _vectors.dot(gradients, perturbation.eps, limit.dtype)
         is_over = rise > limit
         factor = tf.where(is_over, limit / _vectors.or_one(rise, is_over), 1)
@@ -261,6 +260,15 @@ class Rule(Strategy):
         every rule that defines `update`, if it doesn't say otherwise.
         """
         return type(self).update is not Rule.update
+
+    @property
+    def goes_along_gradients(self) -> bool:
+        """Whether the perturbation goes along the gradients it is made of.
+
+        Then its `norm` is theirs. False for every rule that defines `perturb`,
+        if it doesn't say otherwise.
+        """
+        return type(self).perturb is Rule.perturb
 
     @property
     def budget_is_rise(self) -> bool:

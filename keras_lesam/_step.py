@@ -53,7 +53,7 @@ def two_pass_step(
     """Take a step of two passes; of one where there is no ascent."""
     first = first_pass(context, batch, inputs)
     perturbation = perturb(first)
-
+    norm = perturbation.norm
     plain, zero = first.point.gradients, tf.zeros((), context.dtype)
 
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -61,7 +61,7 @@ def two_pass_step(
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
         is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
-        change = _change.measure(first, gradients, in_branch=True)
+        change = _change.measure(first, norm, gradients, in_branch=True)
         return gradients, _vectors.or_zero(rise, is_usable), is_usable, change
 
     gradients, rise, is_usable, change = _passes.either(
@@ -72,7 +72,7 @@ def two_pass_step(
     )
     is_usable, rise = _guard.agree_on_mean(context, is_usable, rise)
     if context.is_global:
-        change = _change.measure(first, gradients, in_branch=False)
+        change = _change.measure(first, norm, gradients, in_branch=False)
     # Where the ascent ends at no loss or no gradient, do not follow it.
     gradients, rise = _passes.either(
         context.use_cond,

@@ -121,6 +121,20 @@ def test_closed_form(amount, max_change, adaptive, jit_compile):
 
 
 @pytest.mark.usefixtures("float64")
+class Tripled(rules.SAM):
+    """Goes along something else than the gradients: its norm is not theirs."""
+
+    def perturb(self, gradients, *args, **kwargs):
+        return super().perturb([3 * g for g in gradients], *args, **kwargs)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_change_is_a_share_of_the_gradient_whatever_the_rule_goes_by():
+    found = radii(SAMModel(Quadratic(), Tripled(2.0), max_change=0.2), 60, 0.05)
+    expected = by_hand(2.0, 0.2, 60, 0.05)
+    np.testing.assert_allclose(found.rho, expected, rtol=1e-9)
+
+
 def test_it_settles_where_the_change_is_the_limit():
     """For equal scales the change is `rho / ||w||`."""
     found = radii(SAMModel(Quadratic(), rho=5.0, max_change=0.1), 200).rho[-1]
