@@ -4,7 +4,7 @@ import _methods
 import numpy as np
 
 # How far a panel goes: beyond it a difference is an arrow.
-LIMITS = (-12.0, 8.0)
+LIMITS = (-12.0, 11.0)
 COLORS = {
     _methods.SAM: "tab:blue",
     _methods.LESAM: "tab:orange",
@@ -95,7 +95,7 @@ def _draw_forest(axis, found, names):
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
     axis.set_xlim(low, high + 5)
-    axis.set_xticks([-10, -5, 0, 5])
+    axis.set_xticks([-10, -5, 0, 5, 10])
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(axis="both", alpha=0.25)
 
