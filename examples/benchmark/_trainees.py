@@ -106,9 +106,8 @@ def _lesam(**options):
 
 def _lesam_by_default(net):
     from keras_lesam import LESAMModel
-    from keras_lesam import budgets
 
-    return LESAMModel(net, budgets.Relative(0.3))
+    return LESAMModel(net)
 
 
 def _sam(net):

@@ -202,14 +202,7 @@ def child(args, **task):
 
 def measure(task, library, net, method, mode, pairs, steps):
     """Measure time or memory in this process; return a dict."""
-    rng = np.random.default_rng(0)
-    if net in _trainees.WORDS:
-        shape = (steps * BATCH_SIZE, *_trainees.WORDS[net])
-        x = rng.integers(_trainees.EMBEDDING[0], size=shape).astype("int32")
-    else:
-        shape = (steps * BATCH_SIZE, *_trainees.SHAPES[net])
-        x = rng.uniform(size=shape).astype("float32")
-    data = x, rng.integers(CLASSES, size=len(x))
+    data = made_up(net, steps * BATCH_SIZE)
 
     def trainee(method):
         make = _trainees.TRAINEES[library]
@@ -227,6 +220,25 @@ def measure(task, library, net, method, mode, pairs, steps):
         "ratios": [b / a for a, b in seconds],
         "plain_ms": 1e3 * plain_seconds / steps,
     }
+
+
+def made_up(net, rows):
+    """Make up data that can be learnt: where nothing is, the default is plain.
+
+    Returns:
+        Arrays `(x, y)`: pictures (float32) or words (int32), and labels.
+    """
+    rng = np.random.default_rng(0)
+    y = rng.integers(CLASSES, size=rows)
+    if net in _trainees.WORDS:
+        # Of each class a tenth of the words.
+        words = _trainees.EMBEDDING[0] // CLASSES
+        x = rng.integers(words, size=(rows, *_trainees.WORDS[net]))
+        return (x + words * y[:, None]).astype("int32"), y
+    shape = _trainees.SHAPES[net]
+    centers = rng.uniform(size=(CLASSES, *shape))
+    x = 3 * centers[y] + rng.uniform(size=(rows, *shape))
+    return x.astype("float32"), y
 
 
 def take_turns(plain, other, i):
