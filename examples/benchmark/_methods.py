@@ -284,6 +284,16 @@ def cheaper(steps):
     ]
 
 
+def weaker():
+    """List smaller shares with the limit of the default, of one setting."""
+    return [
+        relative(
+            f"share {share:g}, limited", shares=(share,), max_change=MAX_CHANGE
+        )
+        for share in (0.1, 0.3)
+    ]
+
+
 # Other forms of the share, with the limit of the default.
 
 

@@ -64,6 +64,7 @@ def all_methods():
         _methods.plain(adam=False),
         *_methods.METHODS,
         *_methods.cheaper(1),
+        *_methods.weaker(),
         *_methods.forms(),
         *_methods.tail(),
         *_methods.start(),

@@ -56,6 +56,7 @@ class Study:
         yield from _methods.METHODS
         steps = self.bench.steps * self.task.epochs
         yield from _methods.cheaper(steps)
+        yield from _methods.weaker()
         yield from _methods.forms()
         yield from _methods.tail()
         yield from _methods.start()
@@ -147,11 +148,9 @@ class Study:
 
 def units(task, phase):
     """List the names of the units of a phase of a task."""
-    compared = [
-        method.name
-        for method in _methods.METHODS
-        if not task.fixed or method.name in task.fixed
-    ]
+    compared = [method.name for method in _methods.METHODS]
+    if task.fixed:
+        compared = [name for name in task.fixed if name != _methods.PLAIN]
     studies = {
         "cheaper": [m.name for m in _methods.cheaper(1)],
         "forms": [m.name for m in _methods.forms()],

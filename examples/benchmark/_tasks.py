@@ -252,6 +252,8 @@ def cifar_tasks(data_dir):
             "SAM": {"rho": 0.05},
             "LE-SAM": {"sigma": 0.1},
             "default, untuned": {"share": 0.7},
+            "share 0.3, limited": {"share": 0.3},
+            "share 0.1, limited": {"share": 0.1},
         },
     }
     return [

@@ -235,6 +235,7 @@ def relative_cost(name):
         _methods.plain(adam=False),
         *_methods.METHODS,
         *_methods.cheaper(1),
+        *_methods.weaker(),
         *_methods.forms(),
         *_methods.tail(),
         *_methods.start(),
