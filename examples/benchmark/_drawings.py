@@ -47,7 +47,7 @@ def draw_differences(by_task, path):
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
     figure.supxlabel(
         "test accuracy after the last epoch: points above tuned SAM, seed by "
-        "seed, mean and 95% interval; right of it the cost in plain steps",
+        "seed,\nmean and 95% interval; right of it the cost in plain steps",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)

@@ -203,7 +203,8 @@ def differences_to_sam(results, task, method):
 def forest(results, task):
     """List what the picture shows of each method: a dict for each."""
     found = []
-    for name in (_methods.PLAIN, *(m.name for m in _methods.METHODS)):
+    methods = [*_methods.METHODS, *_methods.weaker()]
+    for name in (_methods.PLAIN, *(m.name for m in methods)):
         runs = results.finals(task, name).values()
         if runs:
             differences = differences_to_sam(results, task, name)
