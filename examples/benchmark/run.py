@@ -231,16 +231,7 @@ def runs_of(name, task, quick):
 def relative_cost(name):
     """Return the rough cost of a step of a method, in plain steps."""
     name = name.removeprefix(_study.SWEEP)
-    methods = [
-        _methods.plain(adam=False),
-        *_methods.METHODS,
-        *_methods.cheaper(1),
-        *_methods.weaker(),
-        *_methods.forms(),
-        *_methods.tail(),
-        *_methods.start(),
-        *_methods.ablations(1, 0, 0, [0]),
-    ]
+    methods = _report.all_methods()
     return next(m.cost for m in methods if m.name == name)
 
 
