@@ -366,8 +366,9 @@ class Relative(Budget):
     The rise is then off `sigma` by about half of `max_change` at most. It is
     what keeps deep nets without normalization, which a large share stops on
     their plateaus, and a bad start from being harmed; and it makes the share
-    matter less. It costs one more norm a step. Replicas that take perturbations of
-    their own share `m`; those that take one sum their gradients once more.
+    matter less. It costs one more norm a step. Replicas that take
+    perturbations of their own share `m`; those that take one sum their
+    gradients once more.
 
     L0 costs no pass, only the loss of two other outputs, as follows. The second
     of them tells no class from another where the outputs are logits: their mean
