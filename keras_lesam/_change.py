@@ -64,7 +64,7 @@ def measure(
         in_branch: Whether this is the branch of the ascent.
     """
     context = first.context
-    if context.budget.max_change is None or in_branch == context.is_global:
+    if not _is_asked_for(context, in_branch):
         return tf.zeros((), context.dtype)
     there = context.scales().unscale(
         _vectors.dense(
@@ -74,15 +74,38 @@ def measure(
             ]
         )
     )
-    difference = [
-        None if h is None or g is None else _vectors.wide(h) - _vectors.wide(g)
-        for g, h in zip(first.gradients, there)
-    ]
     scaling = context.rule.scaling(first.weights)
     if not context.rule.goes_along_gradients:
         norm = _vectors.norm(first.gradients, context.dtype, scaling)
-    return tf.math.divide_no_nan(
-        _vectors.norm(difference, context.dtype, scaling), norm
+    return _vectors.relative_distance(there, first.gradients, norm, scaling)
+
+
+def are_finite(
+    first: FirstPass, gradients: Tensors, change: tf.Tensor
+) -> tf.Tensor:
+    """Return whether gradients are finite, of which the change is known.
+
+    A change is not finite if one of them is not, so that it need not be looked
+    at twice; nor if it is beyond all measure.
+
+    Args:
+        first: The first pass.
+        gradients: Those of the second pass.
+        change: What `measure` has returned for them, in the branch.
+    """
+    context = first.context
+    if not _is_asked_for(context, in_branch=True):
+        return _vectors.are_finite(gradients)
+    others = [
+        None if is_perturbed else h
+        for h, is_perturbed in zip(gradients, context.perturb_mask)
+    ]
+    return tf.math.is_finite(change) & _vectors.are_finite(others)
+
+
+def _is_asked_for(context: StepContext, in_branch: bool) -> bool:
+    return (
+        context.budget.max_change is not None and in_branch != context.is_global
     )
 
 
@@ -90,7 +113,8 @@ def update(
     context: StepContext,
     states: States,
     change: tf.Tensor,
-    has_ascended: tf.Tensor,
+    is_usable: tf.Tensor,
+    radius: tf.Tensor,
 ) -> States:
     """Return the states with what the next step has to know.
 
@@ -98,19 +122,22 @@ def update(
         context: The `StepContext`.
         states: Those of each component.
         change: Scalar tensor, what `measure` has returned.
-        has_ascended: Bool scalar tensor; if not, they stay.
+        is_usable: Bool scalar tensor, whether the ascent ended at a loss and
+            gradients; one that did not has changed them too much.
+        radius: Scalar tensor, how far it went; at 0 they stay.
     """
     if not states.get("change"):
         return states
     assert context.budget.max_change is not None
+    limit = context.budget.max_change
     before = states["change"]["log_factor"]
+    # No logarithm of 0, nor of what is not known.
+    least, most = math.exp(-LARGEST) * limit, math.exp(LARGEST) * limit
     change = tf.cast(change, before.dtype)
-    is_known = has_ascended & tf.math.is_finite(change)
-    # No logarithm of what is not known.
-    change = tf.where(is_known, change, tf.ones_like(change))
-    tiny = math.exp(-LARGEST) * context.budget.max_change
-    excess = tf.math.log(tf.maximum(change, tiny) / context.budget.max_change)
-    after = before - RATE * tf.minimum(excess, LARGEST)
+    is_known = is_usable & tf.math.is_finite(change)
+    change = tf.where(is_known, change, tf.cast(most, before.dtype))
+    excess = tf.math.log(tf.clip_by_value(change, least, most) / limit)
+    after = before - RATE * excess
     after = tf.clip_by_value(after, math.log(SMALLEST_FACTOR), 0.0)
-    after = tf.where(is_known, after, before)
+    after = tf.where(radius > 0, after, before)
     return {**states, "change": {"log_factor": after}}

@@ -53,20 +53,21 @@ def two_pass_step(
     """Take a step of two passes; of one where there is no ascent."""
     first = first_pass(context, batch, inputs)
     perturbation = perturb(first)
-    norm = perturbation.norm
+    radius, norm = perturbation.radius, perturbation.norm
     plain, zero = first.point.gradients, tf.zeros((), context.dtype)
 
     def ascend() -> tuple[Tensors, tf.Tensor, tf.Tensor, tf.Tensor]:
         second = second_pass(first, _in_branch(first, perturbation), batch)
         rise = tf.cast(second.loss - first.point.loss, context.dtype)
         gradients = select_gradients(first, second)
-        is_usable = tf.math.is_finite(rise) & _vectors.are_finite(gradients)
         change = _change.measure(first, norm, gradients, in_branch=True)
+        is_usable = _change.are_finite(first, gradients, change)
+        is_usable &= tf.math.is_finite(rise)
         return gradients, _vectors.or_zero(rise, is_usable), is_usable, change
 
     gradients, rise, is_usable, change = _passes.either(
         context.use_cond,
-        perturbation.radius > 0,
+        radius > 0,
         ascend,
         lambda: (plain, zero, tf.constant(True), zero),
     )
@@ -80,12 +81,9 @@ def two_pass_step(
         lambda: (gradients, rise),
         lambda: (plain, zero),
     )
-    followed = perturbation._replace(
-        radius=_vectors.or_zero(perturbation.radius, is_usable)
-    )
+    followed = perturbation._replace(radius=_vectors.or_zero(radius, is_usable))
     step = finish(first, followed, gradients, rise)
-    has_ascended = followed.radius > 0
-    states = _change.update(context, step.states, change, has_ascended)
+    states = _change.update(context, step.states, change, is_usable, radius)
     step = step._replace(states=states)
     return _guard.tell_loss_scale(context, step, ~is_usable)
 

@@ -33,8 +33,10 @@ def norm(
 
     def rescaled() -> tf.Tensor:
         root = _root_of_factor(squared)
-        squares = [_sum_of_squares(v, t, dtype, root) for v, t in pairs]
-        return tf.sqrt(tf.add_n(squares)) / tf.square(root)
+        flat = tf.concat(
+            [tf.reshape(_scaled(v, t, dtype, root), [-1]) for v, t in pairs], 0
+        )
+        return tf.sqrt(2 * tf.nn.l2_loss(flat)) / tf.square(root)
 
     # A second pass over the numbers, where the first was in vain.
     return tf.cond(_is_safe(squared), lambda: tf.sqrt(squared), rescaled)
@@ -94,6 +96,33 @@ def along(
         scaling = tf.cast(scaling, tensor.dtype)
         unit = tf.math.multiply_no_nan(unit, scaling) * scaling
     return tf.math.multiply_no_nan(unit, tf.cast(size, tensor.dtype))
+
+
+def relative_distance(
+    vector: Tensors,
+    other: Tensors,
+    length: tf.Tensor,
+    scaling: Tensors | None = None,
+) -> tf.Tensor:
+    """Return `||T (v - o)||` over a length; not finite where a number is not.
+
+    Each number is divided by the length first. So squares are within range
+    wherever the result is, and no difference is held for a second try.
+
+    Args:
+        vector: List of dense tensors or `None`.
+        other: List like `vector`; pairs with a `None` are left out.
+        length: Scalar tensor; sums are of its dtype.
+        scaling: List like `vector` of `T` up to its sign, `None` for 1.
+    """
+    scaling = [None] * len(vector) if scaling is None else scaling
+    squares = []
+    for v, o, t in zip(vector, other, scaling):
+        if v is None or o is None:
+            continue
+        difference = tf.cast(wide(v) - wide(o), length.dtype)
+        squares.append(_sum_of_squares(difference / length, t, length.dtype))
+    return tf.sqrt(tf.add_n(squares)) if squares else tf.zeros_like(length)
 
 
 def running_mean(means: Tensors, values: Tensors, decay: float) -> Tensors:
@@ -208,6 +237,12 @@ def _sum_of_squares(
     vector: tf.Tensor, scaling: Any, dtype: Any, root: Any = None
 ) -> tf.Tensor:
     """Return `||T v||^2` of one tensor, of numbers times `root^2`."""
+    return 2 * tf.nn.l2_loss(_scaled(vector, scaling, dtype, root))
+
+
+def _scaled(
+    vector: tf.Tensor, scaling: Any, dtype: Any, root: Any = None
+) -> tf.Tensor:
     # Cast first: the squares of float16 numbers overflow float16.
     scaled = tf.cast(vector, dtype)
     if scaling is not None:
@@ -218,7 +253,7 @@ def _sum_of_squares(
         scaling = root if scaling is None else _multiplied(scaling, root)
     if scaling is not None:
         scaled *= scaling
-    return 2 * tf.nn.l2_loss(scaled)
+    return scaled
 
 
 def _multiplied(tensor: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:

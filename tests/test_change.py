@@ -239,10 +239,15 @@ class Cliff(Quadratic):
         return tf.where(loss > tf.cast(edge, loss.dtype), math.nan, loss)
 
 
-def test_an_ascent_that_ends_at_no_loss_leaves_it():
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_ascent_that_ends_at_no_loss_shortens_the_next(jit_compile):
+    """Along the edge of where it ends at one; not plain steps from then on."""
     model = SAMModel(Cliff(), rho=2.0, max_change=0.2)
-    radii(model, 3)
-    assert factor(model) == pytest.approx(0.1)
+    found = np.array(radii(model, 40, jit_compile=jit_compile).rho)
+    assert found[0] == 0.0
+    begun = np.flatnonzero(found)[0]
+    np.testing.assert_allclose(found[begun], 0.2 * np.exp(-0.1 * begun), 1e-5)
+    assert np.mean(found[-10:] > 0.0) >= 0.5
 
 
 # Wherever there is a model.

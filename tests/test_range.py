@@ -358,6 +358,24 @@ def test_running_means(decay, dtype, mode, data):
         )
 
 
+@in_each
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_relative_distances(dtype, mode, data):
+    """How much a gradient has changed, wherever its norm is."""
+    g = data.draw(vectors(dtype))
+    factors = data.draw(st.lists(st.floats(-2, 2), min_size=7, max_size=7))
+    h, length = rounded(np.array(factors) * g, dtype), norm(g)
+    scalar = scalars_of(dtype)
+    assume(dtype_tiny(scalar.name) < length < scalar.max)
+    found = compiled(_vectors.relative_distance, mode)(
+        tensors(h, dtype), tensors(g, dtype), tf.constant(length, scalar)
+    )
+    assert float(found) == pytest.approx(
+        float(norm(h - g) / length), rel=1e-5, abs=1e-6
+    )
+
+
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
