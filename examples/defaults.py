@@ -51,7 +51,7 @@ from keras_lesam import budgets
 CHANCE = 1.5 / _common.CLASSES  # An accuracy that is little better.
 AT_CAP = 0.999  # Fraction of rho_max from which the cap binds.
 
-SHARES = (0.05, 0.3, 0.7, 1.0)
+SHARES = (0.05, 0.15, 0.3, 0.7, 1.0)
 MAX_CHANGE = 0.6
 SETTING = ("share", "max_change", "sigma", "rho_max", "warmup", "anneal")
 SETTING_HELP = "share=0.3,max_change=none or sigma=0.1,rho_max=1,warmup=0.1,"
@@ -362,14 +362,36 @@ def tell(settings, runs, results, markdown):
         texts = [difference_text(found) for found in by_setting]
         lines.append((*cell, f"{100 * plain:.1f}", *texts))
     print("\n" + table(lines, markdown), end="\n\n")
+    print(table(net_lines(names, pairs), markdown), end="\n\n")
     header = ("setting", "cells", "runs that died", "mean difference")
-    header += ("worst cell", "beyond 1 point below", "rho", "at cap")
+    header += ("worst net", "worst cell", "beyond 1 point below", "rho")
+    header += ("at cap",)
     header += ("rise/sigma",)
     rows = [
         (name, *summary({cell: pairs[cell][i] for cell in cells}))
         for i, name in enumerate(names)
     ]
     print(table([header, *rows], markdown))
+
+
+def net_lines(names, pairs):
+    """Make the lines of a net and an optimizer each: means over the tasks."""
+    lines = [("net", "optimizer", *names)]
+    by_net = [
+        by_net_of({cell: found[i] for cell, found in pairs.items()})
+        for i in range(len(names))
+    ]
+    for net in by_net[0]:
+        lines.append((*net, *(f"{means[net]:+.1f}" for means in by_net)))
+    return lines
+
+
+def by_net_of(by_cell):
+    """Return the mean difference over the tasks, by net and optimizer."""
+    found = {}
+    for (net, optimizer, _), pairs in by_cell.items():
+        found.setdefault((net, optimizer), []).append(difference(pairs))
+    return {net: statistics.fmean(values) for net, values in found.items()}
 
 
 def name_of(setting):
@@ -412,6 +434,8 @@ def summary(by_cell):
     """Return the cells of a setting's line, from its pairs by cell."""
     differences = {c: difference(pairs) for c, pairs in by_cell.items()}
     worst = min(differences, key=differences.get)
+    nets = by_net_of(by_cell)
+    worst_net = min(nets, key=nets.get)
     outcomes = [found for pairs in by_cell.values() for _, found in pairs]
     rises = [o["rise"] for o in outcomes if o["rise"] is not None]
     deaths = sum(died(*pair) for pairs in by_cell.values() for pair in pairs)
@@ -419,6 +443,7 @@ def summary(by_cell):
         str(len(by_cell)),
         f"{deaths} of {len(outcomes)}",
         f"{statistics.fmean(differences.values()):+.2f}",
+        f"{nets[worst_net]:+.1f} ({', '.join(worst_net)})",
         f"{differences[worst]:+.1f} ({', '.join(worst)})",
         str(sum(d < -1 for d in differences.values())),
         f"{statistics.median(o['rho'] for o in outcomes):.3f}",

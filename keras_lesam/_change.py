@@ -6,7 +6,8 @@ itself, `||T (h - g)|| = c ||T g||`, the rise is off by about half of that, and
 beyond some share the step no longer descends from where it started. So the
 budget has a factor, 1 at most, which each ascent corrects by what it has seen:
 to first order the change is proportional to the radius, and the factor at which
-it is `Budget.max_change` is found on a logarithmic scale.
+it is `Budget.max_change` is found on a logarithmic scale. An ascent that ends
+at no loss has changed it too much.
 """
 
 import math

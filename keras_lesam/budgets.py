@@ -366,8 +366,8 @@ class Relative(Budget):
     The rise is then off `sigma` by about half of `max_change` at most. It is
     what keeps deep nets without normalization, which a large share stops on
     their plateaus, and a bad start from being harmed; and it makes the share
-    matter less. It costs one more norm a step. Replicas that take
-    perturbations of their own share `m`; those that take one sum their
+    matter less. It costs one more look at the gradients a step. Replicas that
+    take perturbations of their own share `m`; those that take one sum their
     gradients once more.
 
     L0 costs no pass, only the loss of two other outputs, as follows. The second
@@ -392,13 +392,15 @@ class Relative(Budget):
     >>> import keras, numpy as np
     >>> from keras_lesam import LESAMModel, budgets
     >>> net = keras.Sequential([keras.layers.Dense(1)])
-    >>> model = LESAMModel(net, budgets.Relative(0.3))
+    >>> model = LESAMModel(net, budgets.Relative(0.7, max_change=0.6))
     >>> model.compile("adam", "mse")
     >>> x = np.random.rand(64, 4)
     >>> history = model.fit(x, x.sum(axis=1), epochs=2, verbose=0)
 
     Args:
-        share: Float >= 0. Up to 1, which is a lot.
+        share: Float >= 0. At 0.15 ascents are about as long as those of SAM
+            with its usual radius of 0.05; 0.7 is for nets that learn wrong
+            labels by heart; 1 is a lot.
         reference_loss: Float > 0, L0 as a number in loss units, such as
             `log(classes)`; `None`: it is measured.
         max_change: Float > 0: by how much the ascent may change the gradient,
@@ -413,7 +415,7 @@ class Relative(Budget):
 
     def __init__(
         self,
-        share: float = 0.3,
+        share: float = 0.15,
         reference_loss: float | None = None,
         max_change: float | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ LABELS = {
     _methods.SAM: "SAM: rho (0.05)",
     _methods.LESAM: "LE-SAM, the paper's budget: sigma (0.1)",
     _methods.RELATIVE: "LE-SAM, relative budget: share (0.3)",
-    _methods.LIMITED: "LE-SAM, relative budget, limited: share (0.7)",
+    _methods.LIMITED: "LE-SAM, relative budget, limited: share (0.15)",
 }
 
 
@@ -59,7 +59,7 @@ def _draw_forest(axis, found, names):
     axis.axvline(0, color="tab:blue", lw=1, alpha=0.6)
     for method in found:
         y, mean = names.index(method["name"]), method["mean"]
-        is_ours = method["name"] in (_methods.UNTUNED, _methods.LIMITED)
+        is_ours = method["name"] in (_methods.UNTUNED, _methods.STRONG)
         color = "tab:red" if is_ours else "0.25"
         if np.isfinite(mean) and mean < low:
             axis.annotate(

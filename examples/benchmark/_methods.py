@@ -19,11 +19,13 @@ from keras_lesam import rules
 PLAIN = "plain"
 SAM = "SAM"
 # By the paper's budget, and by a share of the loss: without a limit, and with
-# one to the change of the gradient; that of the default, tuned and untuned.
+# one to the change of the gradient; tuned, that of the default, and the one
+# that is advised for wrong labels.
 LESAM = "LE-SAM"
 RELATIVE = "relative"
 LIMITED = "relative, limited"
 UNTUNED = "default, untuned"
+STRONG = "share 0.7, limited"
 MAX_CHANGE = 0.6
 
 _RHOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -126,6 +128,8 @@ METHODS = [
     smoothed("label smoothing 0.1", (0.1,)),
     smoothed("label smoothing", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)),
     _sam_rule(SAM, rules.SAM, rho=_RHOS),
+    # As published, with the radius that most people take.
+    _sam_rule("SAM, untuned", rules.SAM, rho=(0.05,)),
     _sam_rule("ASAM", rules.ASAM, rho=(0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
     _sam_rule("GSAM", rules.GSAM, alpha=(0.1, 0.4), rho=(0.05, 0.1, 0.2)),
     _sam_rule(
@@ -134,7 +138,8 @@ METHODS = [
     lesam(LESAM),
     lesam("LE-SAM secant", curvature="secant"),
     lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
-    Method(UNTUNED, _default, _grid(share=(0.7,)), "share"),
+    Method(UNTUNED, _default, _grid(share=(0.15,)), "share"),
+    relative(STRONG, shares=(0.7,), max_change=MAX_CHANGE),
     relative(LIMITED, max_change=MAX_CHANGE),
     relative("share 0.3", shares=(0.3,)),
     relative(RELATIVE),
@@ -290,7 +295,7 @@ def weaker():
         relative(
             f"share {share:g}, limited", shares=(share,), max_change=MAX_CHANGE
         )
-        for share in (0.1, 0.3)
+        for share in (0.1, 0.2, 0.3)
     ]
 
 
@@ -420,7 +425,7 @@ def ablations(steps, sigma, rho, mean_rhos):
 
 # The sweep: two decades, in thirds of a decade. The default is in the middle of
 # the shares; factors are of the defaults of sigma (0.1) and of rho (0.05).
-DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3, LIMITED: 0.7}
+DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3, LIMITED: 0.15}
 SWEEP = {
     SAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     LESAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),

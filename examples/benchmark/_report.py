@@ -130,7 +130,12 @@ def gains(results, task):
     names = (_methods.PLAIN, _methods.LESAM)
     plain, lesam = (accuracies(results, task, name) for name in names)
     found = {}
-    first = (_methods.LESAM, _methods.UNTUNED, _methods.LIMITED)
+    first = (
+        _methods.LESAM,
+        _methods.UNTUNED,
+        _methods.STRONG,
+        _methods.LIMITED,
+    )
     for name in (*first, *(m.name for m in _methods.cheaper(1))):
         cheaper = accuracies(results, task, name)
         if plain and lesam and cheaper:
