@@ -39,9 +39,9 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
 
     By default the budget is a share of the loss, as long as the ascent changes
     the gradient by no more than a share of itself, `budgets.Relative(0.15,
-    max_change=0.6)`: no unit, no schedule, no length of the training. A net that
-    learns wrong labels by heart gains by 0.7. `sigma=0.1` is the paper's budget,
-    in loss units. Of the arguments, in this order, few need more than three:
+    max_change=0.6)`: no unit, no schedule, no length of the training. Nets that
+    learn wrong labels by heart gain by 0.7. `sigma=0.1` is the paper's, in loss
+    units. Of the arguments, in this order, few need more than the first three:
 
     ```
     the model    model, sigma (the budget), rho_max
