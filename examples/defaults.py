@@ -51,7 +51,7 @@ from keras_lesam import budgets
 CHANCE = 1.5 / _common.CLASSES  # An accuracy that is little better.
 AT_CAP = 0.999  # Fraction of rho_max from which the cap binds.
 
-SHARES = (0.05, 0.15, 0.3, 0.7, 1.0)
+SHARES = (0.05, 0.1, 0.3, 0.7, 1.0)
 MAX_CHANGE = 0.6
 SETTING = ("share", "max_change", "sigma", "rho_max", "warmup", "anneal")
 SETTING_HELP = "share=0.3,max_change=none or sigma=0.1,rho_max=1,warmup=0.1,"

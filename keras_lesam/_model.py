@@ -38,7 +38,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     True
 
     By default the budget is a share of the loss, as long as the ascent changes
-    the gradient by no more than a share of itself, `budgets.Relative(0.15,
+    the gradient by no more than a share of itself, `budgets.Relative(0.1,
     max_change=0.6)`: no unit, no schedule, no length of the training. Nets that
     learn wrong labels by heart gain by 0.7. `sigma=0.1` is the paper's, in loss
     units. Of the arguments, in this order, few need more than the first three:
@@ -83,8 +83,8 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         model: A `keras.Model`: functional, sequential or subclassed, built or
             not. Its own `compute_loss` and `compute_metrics` are honoured;
             a `train_step` of its own is refused.
-        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative(0.15,
-            max_change=0.6)`, or `budgets.Relative(0.15)` for ascents that don't
+        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative(0.1,
+            max_change=0.6)`, or `budgets.Relative(0.1)` for ascents that don't
             make two passes over the same rows (`ascent_from`,
             `ascent_fraction`). Or a float >= 0, the loss budget in loss
             units, as in the paper, whose default is 0.1; or a

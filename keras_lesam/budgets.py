@@ -398,7 +398,7 @@ class Relative(Budget):
     >>> history = model.fit(x, x.sum(axis=1), epochs=2, verbose=0)
 
     Args:
-        share: Float >= 0. At 0.15 ascents are about as long as those of SAM
+        share: Float >= 0. At 0.1 ascents are about as long as those of SAM
             with its usual radius of 0.05; 0.7 is for nets that learn wrong
             labels by heart; 1 is a lot.
         reference_loss: Float > 0, L0 as a number in loss units, such as
@@ -415,7 +415,7 @@ class Relative(Budget):
 
     def __init__(
         self,
-        share: float = 0.15,
+        share: float = 0.1,
         reference_loss: float | None = None,
         max_change: float | None = None,
     ) -> None:

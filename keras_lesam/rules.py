@@ -76,7 +76,7 @@ _register = keras.saving.register_keras_serializable(package="keras_lesam")
 # step has no infinity in it.
 _NO_CAP = tf.float32.max
 # What examples/results/defaults.md bears out.
-_DEFAULT_BUDGET = budgets.Relative(0.15, max_change=0.6)
+_DEFAULT_BUDGET = budgets.Relative(0.1, max_change=0.6)
 # Those of the paper's budget, where only a part of it is given.
 DEFAULT_SIGMA = 0.1
 DEFAULT_WARMUP = 0.1

@@ -200,8 +200,8 @@ def test_arguments_assigned_later(net):
 
 def test_without_arguments_the_budget_is_a_share_of_the_loss(net):
     model = LESAMModel(net)
-    assert repr(model.budget) == "Relative(share=0.15, max_change=0.6)"
-    assert (model.share, model.warmup, model.anneal) == (0.15, 0.0, 0.0)
+    assert repr(model.budget) == "Relative(share=0.1, max_change=0.6)"
+    assert (model.share, model.warmup, model.anneal) == (0.1, 0.0, 0.0)
     assert model.sigma is model.budget
     # Any number of the paper's asks for the paper's.
     for options in ({"sigma": 0.1}, {"warmup": 0.1}, {"anneal": 0.2}):

@@ -15,7 +15,7 @@ LABELS = {
     _methods.SAM: "SAM: rho (0.05)",
     _methods.LESAM: "LE-SAM, the paper's budget: sigma (0.1)",
     _methods.RELATIVE: "LE-SAM, relative budget: share (0.3)",
-    _methods.LIMITED: "LE-SAM, relative budget, limited: share (0.15)",
+    _methods.LIMITED: "LE-SAM, relative budget, limited: share (0.1)",
 }
 
 

@@ -138,7 +138,7 @@ METHODS = [
     lesam(LESAM),
     lesam("LE-SAM secant", curvature="secant"),
     lesam("LE-SAM hvp", cost=3.3, curvature="hvp"),
-    Method(UNTUNED, _default, _grid(share=(0.15,)), "share"),
+    Method(UNTUNED, _default, _grid(share=(0.1,)), "share"),
     relative(STRONG, shares=(0.7,), max_change=MAX_CHANGE),
     relative(LIMITED, max_change=MAX_CHANGE),
     relative("share 0.3", shares=(0.3,)),
@@ -295,7 +295,7 @@ def weaker():
         relative(
             f"share {share:g}, limited", shares=(share,), max_change=MAX_CHANGE
         )
-        for share in (0.1, 0.2, 0.3)
+        for share in (0.15, 0.2, 0.3)
     ]
 
 
@@ -423,12 +423,12 @@ def ablations(steps, sigma, rho, mean_rhos):
     ]
 
 
-# The sweep: two decades, in thirds of a decade. The default is in the middle of
-# the shares; factors are of the defaults of sigma (0.1) and of rho (0.05).
-DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3, LIMITED: 0.15}
+# The sweep: two decades and more, in thirds of a decade, around the usual sigma
+# and rho, and around a share of 0.3 without the limit and of 0.7 with it.
+DEFAULTS = {SAM: 0.05, LESAM: 0.1, RELATIVE: 0.3, LIMITED: 0.1}
 SWEEP = {
     SAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     LESAM: (0.01, 0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0),
     RELATIVE: (0.03, 0.065, 0.14, 0.3, 0.65, 1.4, 3.0),
-    LIMITED: (0.07, 0.15, 0.325, 0.7, 1.5, 3.25, 7.0),
+    LIMITED: (0.03, 0.07, 0.15, 0.325, 0.7, 1.5, 3.25, 7.0),
 }

@@ -251,11 +251,11 @@ def cifar_tasks(data_dir):
             "plain": {"learning_rate": 0.1, "weight_decay": 0.005},
             "SAM": {"rho": 0.05},
             "LE-SAM": {"sigma": 0.1},
-            "default, untuned": {"share": 0.15},
+            "default, untuned": {"share": 0.1},
             "share 0.7, limited": {"share": 0.7},
             "share 0.3, limited": {"share": 0.3},
             "share 0.2, limited": {"share": 0.2},
-            "share 0.1, limited": {"share": 0.1},
+            "share 0.15, limited": {"share": 0.15},
         },
     }
     return [
