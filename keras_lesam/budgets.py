@@ -398,9 +398,8 @@ class Relative(Budget):
     >>> history = model.fit(x, x.sum(axis=1), epochs=2, verbose=0)
 
     Args:
-        share: Float >= 0. At 0.1 ascents are about as long as those of SAM
-            with its usual radius of 0.05; 0.7 is for nets that learn wrong
-            labels by heart; 1 is a lot.
+        share: Float >= 0. 0.1 costs no net much, 0.7 is for nets that learn
+            wrong labels by heart, and 1 is a lot.
         reference_loss: Float > 0, L0 as a number in loss units, such as
             `log(classes)`; `None`: it is measured.
         max_change: Float > 0: by how much the ascent may change the gradient,
