@@ -115,25 +115,29 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     return dict(vars(model)[COMPILE_CONFIG[0]].config)
 
 
-def refuse_state_in_hdf5(model: keras.Model, inner: keras.Model) -> None:
+def refuse_state_in_hdf5(name: str, variables: Mapping[str, Any]) -> None:
     """Refuse to save a wrapper with a state in the legacy HDF5 format.
 
-    Keras compares variables by value there, and fails as soon as a model has
-    two of its own:
+    Keras saves none but weights there, compares them by value, and fails as
+    soon as a model has two of its own:
     https://github.com/keras-team/keras/blob/master/keras/src/legacy/saving/
     legacy_h5_format.py. It is seen by the configs of layers, which have no
     module in that format.
 
+    Args:
+        name: String, the name of the wrapper.
+        variables: Its state, by name.
+
     Raises:
         ValueError: if that is what the model is being saved for.
     """
-    if len(model.weights) == len(inner.weights):
+    if not variables:
         return
     layer = keras.layers.Flatten(name="layer")
     config = keras.Sequential([layer], name="probe").get_config()
     if "module" not in config["layers"][0]:
         raise ValueError(
-            f"The state that {model.name!r} is training with cannot be saved "
+            f"The state that {name!r} is training with cannot be saved "
             "in the legacy HDF5 format: save it as `.keras`, or the model "
             "inside, `.model`, as HDF5."
         )

@@ -9,6 +9,7 @@ import pytest
 from keras_lesam import LESAMModel
 from keras_lesam import SAMModel
 from keras_lesam import SharpnessAwareModel
+from keras_lesam import budgets
 from keras_lesam import rules
 from tests.helpers import assert_same_weights
 from tests.helpers import classification_data
@@ -406,9 +407,17 @@ def test_the_legacy_format(net, save, tmp_path):
     assert_same_weights(fresh.model, model.model)
 
 
-@pytest.mark.parametrize("name", ["momentum", "friendly", "looksam"])
-def test_a_state_is_not_lost_in_the_legacy_format(name, tmp_path):
-    model = fit(compiled(WRAPS[name](functional())))
+STATES = {
+    **{name: WRAPS[name] for name in ("momentum", "friendly", "looksam")},
+    # No weights: how much the gradient changes, a reference loss.
+    "default": LESAMModel,
+    "no limit": lambda net: LESAMModel(net, budgets.Relative(0.3)),
+}
+
+
+@pytest.mark.parametrize("wrap", STATES.values(), ids=STATES)
+def test_a_state_is_not_lost_in_the_legacy_format(wrap, tmp_path):
+    model = fit(compiled(wrap(functional())))
     for save in SAVES:
         with pytest.raises(ValueError, match="legacy HDF5 format: save it as"):
             save(model, tmp_path / "model.h5")
