@@ -58,6 +58,9 @@ class DelegatingModel(StandIn):
             made in another `strategy.scope()`.
     """
 
+    # The state of the training; here there is none.
+    _state: Any = None
+
     def __init__(self, model: keras.Model, name: str | None = None) -> None:
         _check_model(model)
         if name is not None and not isinstance(name, str):
@@ -202,6 +205,8 @@ class DelegatingModel(StandIn):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor, serialized."""
+        if self._state is not None:
+            _workarounds.refuse_state_in_hdf5(self.name, self._state.variables)
         return {"model": _serialize(self.model), "name": self.name}
 
     @classmethod

@@ -6,12 +6,11 @@ from typing import Any
 import keras
 
 from keras_lesam import _amounts
-from keras_lesam import ascents
 from keras_lesam import estimators
 from keras_lesam import rules
 from keras_lesam._facade import AscentArguments
 from keras_lesam._plan import DEFAULT_BUDGET
-from keras_lesam._plan import loss_budget
+from keras_lesam._plan import budget_and_ascent
 from keras_lesam._wrapper import SharpnessAwareModel
 
 DEFAULT_RHO_MAX = 1.0
@@ -40,12 +39,12 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
     By default the budget is a share of the loss, as long as the ascent changes
     the gradient by no more than a share of itself, `budgets.Relative(0.1,
     max_change=0.6)`: no unit, no schedule, no length of the training. Nets that
-    learn wrong labels by heart gain by 0.7. `sigma=0.1` is the paper's, in loss
-    units. Of the arguments, in this order, few need more than the first three:
+    learn wrong labels by heart gain by `share=0.7`. `sigma=0.1` is the paper's
+    budget, in loss units. The arguments, of which few need more than four:
 
     ```
-    the model    model, sigma (the budget), rho_max
-    budget       warmup, anneal, guard, max_change, total_steps: of a number
+    the model    model, sigma (the budget, by the paper), rho_max
+    budget       share, max_change; warmup, anneal, guard, total_steps: of sigma
     ascent       ascent_from, ascent_fraction, ascent_every, num_batch_splits
     scope        perturb, perturbation_scope
     curvature    curvature, hvp_method
@@ -83,18 +82,16 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         model: A `keras.Model`: functional, sequential or subclassed, built or
             not. Its own `compute_loss` and `compute_metrics` are honoured;
             a `train_step` of its own is refused.
-        sigma: One of `keras_lesam.budgets`; by default `budgets.Relative(0.1,
-            max_change=0.6)`, or `budgets.Relative(0.1)` for ascents that don't
-            make two passes over the same rows (`ascent_from`,
-            `ascent_fraction`). Or a float >= 0, the loss budget in loss
-            units, as in the paper, whose default is 0.1; or a
+        sigma: Float >= 0, the paper's loss budget, in loss units (0.1 there); a
             `keras.optimizers.schedules.LearningRateSchedule` from
-            `optimizer.iterations` to the budget. A number may be assigned to
-            later: `model.sigma = 0.2`, or `model.share = 0.5` where the budget
-            is relative, does not retrace.
+            `optimizer.iterations` to it; or one of `keras_lesam.budgets`. By
+            default a relative budget, with a share of 0.1. A number may be
+            assigned to later, and does not retrace: `model.sigma = 0.2`.
         rho_max: Float > 0, the largest `rho` (weight-space distance), or
-            `None` for no cap. A small one turns LE-SAM into SAM. May be
-            assigned to later.
+            `None` for no cap. May be assigned to later.
+        share: Float >= 0, of `budgets.Relative(share, max_change=0.6)`; without
+            the limit for `ascent_from` and `ascent_fraction`, which don't make
+            two passes over the same rows. May be assigned to later.
         warmup: Float in [0, 1], the share of the training over which the
             budget rises linearly from 0. Defaults to 0.1, or to 0 if `sigma`
             is a schedule or a budget, which say it all. With `warmup`,
@@ -103,11 +100,10 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             budget falls to 0 on a cosine, at its end. Defaults to 0.2, or to
             0 if `sigma` is a schedule or a budget. Together with `warmup` at
             most 1.
-        guard: Float > 0, or `None` for none. The budget of a step is at most
-            this share of what the model has learnt (see `budgets.Relative`):
-            0.5, say, for nets that a large budget kills early in a training.
-        max_change: Float > 0, or `None` for none. By how much the ascent may
-            change the gradient, as a share of it; see `budgets.Relative`.
+        guard: Float > 0, or `None`. The budget of a step is at most this share
+            of what the model has learnt: 0.5, say, for nets that die early.
+        max_change: Float > 0, or `None`: 0.6 for `share`, none for `sigma`. By
+            how much the ascent may change the gradient, as a share of it.
         total_steps: Integer > 0, the steps of the training that `warmup` and
             `anneal` are shares of, counted by `optimizer.iterations`, over
             several calls of `fit` or `train_on_batch`. By default it is what
@@ -177,6 +173,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         sigma: Any = DEFAULT_BUDGET,
         rho_max: float | None = DEFAULT_RHO_MAX,
         *,
+        share: float | None = None,
         warmup: float | None = None,
         anneal: float | None = None,
         guard: float | None = None,
@@ -194,11 +191,12 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         perturb: Callable[[Any], bool] | None = None,
         name: str | None = None,
     ) -> None:
+        ascent = ascent_from, ascent_fraction, ascent_every
+        budget = sigma, share, warmup, anneal, guard, max_change
         super().__init__(
             model,
             rules.LossEquated(rho_max, adaptive, alpha),
-            loss_budget(sigma, warmup, anneal, guard, max_change),
-            ascents.from_arguments(ascent_from, ascent_fraction, ascent_every),
+            *budget_and_ascent(budget, ascent),
             estimators.from_argument(curvature, hvp_method),
             total_steps=total_steps,
             num_batch_splits=num_batch_splits,
@@ -206,7 +204,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
             perturb=perturb,
             name=name,
         )
-        self._keep_ascent(ascent_from, ascent_fraction, ascent_every)
+        self._keep_ascent(*ascent)
         self._curvature, self._hvp_method = curvature, hvp_method
 
     def get_config(self) -> dict[str, Any]:
@@ -214,6 +212,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         return {
             **self._facade_config(),
             "sigma": keras.saving.serialize_keras_object(self.sigma),
+            "share": None,  # Of a budget, which is `sigma` then.
             "rho_max": self.rho_max,
             "curvature": self.curvature,
             "hvp_method": self.hvp_method,

@@ -139,17 +139,41 @@ class TrainingPlan:
             )
 
 
-def loss_budget(
+def budget_and_ascent(
+    budget: tuple[Any, Any, Any, Any, Any, Any], ascent: tuple[Any, Any, Any]
+) -> tuple[budgets.Budget, ascents.Ascent]:
+    """Make budget and ascent of the keyword arguments of `LESAMModel`.
+
+    Args:
+        budget: Sigma, share, warmup, anneal, guard and max_change.
+        ascent: Those of `ascents.from_arguments`.
+    """
+    made = ascents.from_arguments(*ascent)
+    return _loss_budget(*budget, made.knows_rise), made
+
+
+def _loss_budget(
     sigma: Any,
+    share: float | None,
     warmup: float | None,
     anneal: float | None,
     guard: float | None,
     max_change: float | None,
+    may_limit: bool,
 ) -> budgets.Budget:
-    """Make the budget of the keyword arguments of `LESAMModel`.
+    """Make a budget of the keyword arguments of `LESAMModel`.
 
-    With any of them it is the paper's, if `sigma` does not say it all.
+    With a `share` it is relative, with the limit of the default where the
+    ascent allows for it. With any of the others it is the paper's, if `sigma`
+    does not say it all.
     """
+    if share is not None:
+        _refuse_beside_share(
+            share, sigma=sigma, warmup=warmup, anneal=anneal, guard=guard
+        )
+        if max_change is None and may_limit:
+            max_change = DEFAULT_BUDGET.max_change
+        return budgets.Relative(share, max_change=max_change)
     if sigma is DEFAULT_BUDGET:
         given = (warmup, anneal, guard, max_change)
         if all(argument is None for argument in given):
@@ -164,6 +188,17 @@ def loss_budget(
         guard,
         max_change,
     )
+
+
+def _refuse_beside_share(share: float, **others: Any) -> None:
+    """Refuse what says something else of the budget than `share` does."""
+    for name, value in others.items():
+        if value is not None and value is not DEFAULT_BUDGET:
+            raise ValueError(
+                "`share` is the whole budget, which has no schedule and no "
+                f"guard: leave `{name}` out. Received: share={share!r}, "
+                f"{name}={_checks.short(value)}"
+            )
 
 
 def _floats_of(strategy: Strategy) -> Iterator[tuple[str, float]]:

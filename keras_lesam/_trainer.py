@@ -97,11 +97,6 @@ class SharpnessAwareTrainer(DelegatingModel):
         self._is_evaluating = False
         self._build_state()
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments of the constructor, serialized."""
-        _workarounds.refuse_state_in_hdf5(self.name, self._state.variables)
-        return super().get_config()
-
     # Nor does `fit` let autograph convert it.
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:

@@ -213,6 +213,41 @@ def test_without_arguments_the_budget_is_a_share_of_the_loss(net):
     assert (general.budget.sigma, general.budget.anneal) == (0.1, 0.0)
 
 
+def test_a_share_is_a_relative_budget_with_the_limit_of_the_default(net):
+    model = LESAMModel(net, share=0.7)
+    assert repr(model.budget) == "Relative(share=0.7, max_change=0.6)"
+    model.share = 0.4
+    copy = LESAMModel.from_config(model.get_config())
+    assert repr(copy.budget) == "Relative(share=0.4, max_change=0.6)"
+    tighter = LESAMModel(net, share=0.7, max_change=0.2)
+    assert repr(tighter.budget) == "Relative(share=0.7, max_change=0.2)"
+    assert LESAMModel(net, share=0.7, ascent_every=4).max_change == 0.6
+    # Ascents that have nothing to compare have no limit.
+    for options in ({"ascent_from": "momentum"}, {"ascent_fraction": 0.5}):
+        unlimited = LESAMModel(net, share=0.7, **options)
+        assert repr(unlimited.budget) == "Relative(share=0.7)"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"sigma": sigma} for sigma in (0.1, SCHEDULE, budgets.Relative())),
+        *({"warmup": 0.1}, {"anneal": 0.0}, {"guard": 0.5}),
+    ],
+    ids=str,
+)
+def test_a_share_is_the_whole_budget(net, option):
+    [name] = option
+    with pytest.raises(ValueError, match=f"leave `{name}` out.*share=0.5"):
+        LESAMModel(net, share=0.5, **option)
+
+
+@pytest.mark.parametrize("share", [-0.1, "0.7", True, float("nan"), SCHEDULE])
+def test_a_share_is_a_number(net, share):
+    with pytest.raises((TypeError, ValueError), match="Received: share="):
+        LESAMModel(net, share=share)
+
+
 def test_a_share_assigned_later(net):
     model = LESAMModel(net)
     model.share = 0.5

@@ -185,12 +185,13 @@ COSINE = keras.optimizers.schedules.CosineDecay(
 # These exclude some of the others.
 ONE_PASS = {"ascent_from": "momentum"}
 TWO_PASSES = {"max_change": 0.5}
+RELATIVE = {"share": 0.4}
 WITH_SCHEDULE = {"sigma": COSINE, "rho_max": 0.07, **TWO_PASSES}
 
 
 def test_the_arguments_below_are_all_and_not_the_defaults():
     parameters = inspect.signature(LESAMModel).parameters
-    given = {**ARGUMENTS, **ONE_PASS, **TWO_PASSES}
+    given = {**ARGUMENTS, **ONE_PASS, **TWO_PASSES, **RELATIVE}
     assert set(parameters) == {*given, "model"}
     assert all(parameters[n].default != given[n] for n in given)
     config = LESAMModel(dense_net()).get_config()
