@@ -24,18 +24,16 @@ import numpy as np
 import tensorflow as tf
 
 from keras_lesam import LESAMModel
-from keras_lesam import budgets
 
 WRONG_LABELS = 0.2
 BATCH_SIZE = 50
 LEARNING_RATE = 0.05
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-STRONG = budgets.Relative(0.7, max_change=0.6)
 METHODS = {
     "SGD": lambda net: net,
     "LE-SAM": LESAMModel,
-    "share 0.7": lambda net: LESAMModel(net, STRONG),
+    "share 0.7": lambda net: LESAMModel(net, share=0.7),
 }
 COLORS = {"SGD": "#0072B2", "LE-SAM": "#009E73", "share 0.7": "#D55E00"}
 
@@ -147,9 +145,9 @@ def tell_task(data, args):
         f"label, on purpose. {VALIDATION:,} others choose the best epoch, and "
         f"{len(data.x_test) - VALIDATION:,} more are for the test; their "
         f"labels are right. {args.seeds} seeds. LE-SAM: LESAMModel(net), with "
-        f"its defaults; share 0.7: LESAMModel(net, budgets.{STRONG}). All: SGD "
-        f"with momentum 0.9, and a learning rate from {LEARNING_RATE} to 0 on "
-        "a cosine."
+        "its defaults; share 0.7: LESAMModel(net, share=0.7). All: SGD with "
+        f"momentum 0.9, and a learning rate from {LEARNING_RATE} to 0 on a "
+        "cosine."
     )
 
 
