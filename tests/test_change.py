@@ -483,7 +483,7 @@ def test_where_no_two_gradients_can_be_compared(options):
     """A smaller share is the default, and a limit is refused by name."""
     x, y = classification_data()
     model = LESAMModel(dense_net(), **options)
-    assert (model.share, model.max_change) == (0.3, None)
+    assert (model.share, model.max_change) == (0.1, None)
     train(model, x, y)
     assert "change.log_factor" not in model._state.variables
     with pytest.raises(ValueError, match="`max_change` compares"):
@@ -507,7 +507,7 @@ def test_where_no_two_gradients_can_be_compared(options):
 def test_the_default(make):
     model = make(dense_net())
     assert model.budget.get_config() == {
-        **{"share": 0.7, "max_change": 0.6},
+        **{"share": 0.1, "max_change": 0.6},
         "reference_loss": None,
     }
 
