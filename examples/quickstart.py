@@ -104,7 +104,7 @@ def main():
 
     args.output.mkdir(parents=True, exist_ok=True)
     draw(runs, args.output / "quickstart.png")
-    serve(runs["LE-SAM"][0].model, data, args.output / "saved_model")
+    serve(runs["share 0.7"][0].model, data, args.output / "saved_model")
     print(f"All in {time.perf_counter() - begin:.0f} seconds, without imports.")
 
 
@@ -290,6 +290,7 @@ def tell_results(runs, seconds):
             f"{np.mean([run.rises.mean() for run in found]):<11.3f}{ratio:.2f}"
         )
         tell_difference([*zip(runs["SGD"], found)] if method != "SGD" else [])
+    print()
     tell(
         f"Means of {len(runs['SGD'])} seeds in percent, with 95% intervals; "
         "differences are seed by seed. Best epoch: of the best validation "
