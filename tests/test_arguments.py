@@ -234,7 +234,7 @@ def test_a_share_is_a_relative_budget_with_the_limit_of_the_default(net):
         *({"sigma": sigma} for sigma in (0.1, SCHEDULE, budgets.Relative())),
         *({"warmup": 0.1}, {"anneal": 0.0}, {"guard": 0.5}),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_a_share_is_the_whole_budget(net, option):
     [name] = option
