@@ -365,8 +365,7 @@ def tell(settings, runs, results, markdown):
     print(table(net_lines(names, pairs), markdown), end="\n\n")
     header = ("setting", "cells", "runs that died", "mean difference")
     header += ("worst net", "worst cell", "beyond 1 point below", "rho")
-    header += ("at cap",)
-    header += ("rise/sigma",)
+    header += ("at cap", "rise/sigma")
     rows = [
         (name, *summary({cell: pairs[cell][i] for cell in cells}))
         for i, name in enumerate(names)

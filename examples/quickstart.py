@@ -8,7 +8,7 @@ images, some with a wrong label, so that memorising them does not generalise.
 That is repeated with other weights, batches and wrong labels. LE-SAM has its
 default settings, and the larger share that is advised for wrong labels. The
 best epoch is chosen on images that are kept aside for it. Prints one table,
-draws one picture, and serves a trained net from a SavedModel. Takes about two
+draws one picture, and serves a trained net from a SavedModel. Takes about three
 minutes on two cores.
 """
 
@@ -289,7 +289,8 @@ def tell_results(runs, seconds):
             f"{np.mean([run.memorised for run in found]):<14.1%}"
             f"{np.mean([run.rises.mean() for run in found]):<11.3f}{ratio:.2f}"
         )
-        tell_difference([*zip(runs["SGD"], found)] if method != "SGD" else [])
+        if method != "SGD":
+            tell_difference([*zip(runs["SGD"], found)])
     print()
     tell(
         f"Means of {len(runs['SGD'])} seeds in percent, with 95% intervals; "
@@ -303,13 +304,12 @@ def tell_results(runs, seconds):
 
 
 def tell_difference(pairs):
-    """Print by how much the second run of each pair is better, if any are."""
-    if pairs:
-        print(
-            f"{'  to SGD':<12}"
-            f"{percent([b.last - a.last for a, b in pairs], '+'):<13}"
-            f"{percent([b.best - a.best for a, b in pairs], '+')}"
-        )
+    """Print by how much the second run of each pair is better."""
+    print(
+        f"{'  to SGD':<12}"
+        f"{percent([b.last - a.last for a, b in pairs], '+'):<13}"
+        f"{percent([b.best - a.best for a, b in pairs], '+')}"
+    )
 
 
 def percent(values, sign=""):

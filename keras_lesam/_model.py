@@ -95,7 +95,7 @@ class LESAMModel(AscentArguments, SharpnessAwareModel):
         warmup: Float in [0, 1], the share of the training over which the
             budget rises linearly from 0. Defaults to 0.1, or to 0 if `sigma`
             is a schedule or a budget, which say it all. With `warmup`,
-            `anneal`, `guard` or `max_change` and no `sigma`, that is 0.1.
+            `anneal`, `guard` or `max_change` alone, `sigma` is 0.1.
         anneal: Float in [0, 1], the share of the training over which the
             budget falls to 0 on a cosine, at its end. Defaults to 0.2, or to
             0 if `sigma` is a schedule or a budget. Together with `warmup` at
